@@ -1,0 +1,55 @@
+"""The seam with transformers: an experts function of ours, and the runtime that may stand behind it.
+
+Importing this module registers "raymoe" with transformers' experts interface. Without a runtime it computes
+`raymoe.kernels.moe_mlp` on the module's own parameters; `attach_runtime` puts training's sparse placement or serving's expert
+cache in that place, for every MoE layer of one model.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from raymoe.kernels import moe_mlp
+from raymoe.models.layers import MoELayer, moe_layers, select_weights, spec_of
+
+ExpertsRuntime = Callable[[MoELayer, Tensor, Tensor, Tensor], Tensor]
+"""(layer, hidden [T, H], expert_index [T, K] int64, expert_weight [T, K]) -> [T, H] in hidden's dtype."""
+
+_IMPLEMENTATION = "raymoe"
+
+
+def attach_runtime(model: PreTrainedModel, runtime: ExpertsRuntime) -> list[MoELayer]:
+    """Sends every experts call of `model` to `runtime`; returns the model's MoE layers.
+
+    Raises:
+        ValueError: the model's family does not follow the experts interface.
+    """
+    layers = moe_layers(model)
+    model.set_experts_implementation(_IMPLEMENTATION)
+    for layer in layers:
+        layer.experts._raymoe_layer = layer
+        layer.experts._raymoe_runtime = runtime
+    return layers
+
+
+def detach_runtime(model: PreTrainedModel) -> None:
+    """Undoes `attach_runtime`: "raymoe" computes on the modules' own parameters again."""
+    for layer in moe_layers(model):
+        for attribute in ("_raymoe_runtime", "_raymoe_layer"):
+            layer.experts.__dict__.pop(attribute, None)
+
+
+def _experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    runtime = self.__dict__.get("_raymoe_runtime")
+    if runtime is not None:
+        return runtime(self._raymoe_layer, hidden_states, top_k_index, top_k_weights)
+    spec = self.__dict__.get("_raymoe_spec")
+    if spec is None:
+        spec = self._raymoe_spec = spec_of(self)
+    gate_up, down, biases = select_weights(spec, dict(self.named_parameters(recurse=False)))
+    return moe_mlp(hidden_states, gate_up, down, top_k_index, top_k_weights, spec=spec, biases=biases)
+
+
+ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _experts_forward)

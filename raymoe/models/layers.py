@@ -1,0 +1,150 @@
+"""Find the MoE layers of any transformers model that follows the experts interface.
+
+E experts, K choices per token, S routed rows, H hidden size, I expert width.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import _default_apply_gate
+
+from raymoe.kernels import ExpertSpec
+from raymoe.models.layout import ExpertLayout
+
+_INTERFACE_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+_ROUTER_NAMES = ("gate", "router")
+_ACTIVATIONS = {
+    type(ACT2FN[name]): ours
+    for name, ours in {
+        "silu": "silu",
+        "gelu": "gelu",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        "relu": "relu",
+        "relu2": "relu2",
+    }.items()
+}
+
+
+@dataclass(frozen=True, eq=False)
+class MoELayer:
+    """One MoE layer of a model: its experts, its router, and how an expert looks."""
+
+    index: int
+    """Counts MoE layers only, from 0."""
+    name: str
+    """Path of the experts module, e.g. `model.layers.3.mlp.experts`."""
+    decoder_layer: int
+    """Number of the transformer block."""
+    num_experts: int
+    top_k: int
+    layout: ExpertLayout
+    spec: ExpertSpec
+    experts: nn.Module
+    router: nn.Module
+    block: nn.Module
+    """The transformer block: attention, then these experts."""
+
+
+def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
+    """The MoE layers of `model`, in forward order.
+
+    Raises:
+        ValueError: the model has no layer that follows transformers' experts interface; names the family.
+    """
+    found: list[MoELayer] = []
+    for name, module in model.named_modules():
+        if not all(hasattr(module, flag) for flag in _INTERFACE_FLAGS):
+            continue
+        mlp = model.get_submodule(name.rpartition(".")[0])
+        router = _router_of(mlp, name)
+        block_path = re.match(r".*?\.\d+(?=\.)", name)[0]
+        found.append(
+            MoELayer(
+                index=len(found),
+                name=name,
+                decoder_layer=int(block_path.rpartition(".")[2]),
+                num_experts=next(iter(module.parameters(recurse=False))).shape[0],
+                top_k=_top_k(mlp, router, model),
+                layout=ExpertLayout.of(module),
+                spec=spec_of(module),
+                experts=module,
+                router=router,
+                block=model.get_submodule(block_path),
+            )
+        )
+    if not found:
+        family = model.config.model_type
+        raise ValueError(
+            f"model family '{family}' ({type(model).__name__}) has no MoE layer behind transformers' experts interface, "
+            "so raymoe cannot reach its experts. Families that follow it include mixtral, olmoe, qwen2_moe, qwen3_moe, "
+            "phimoe, deepseek_v2, deepseek_v3 and gpt_oss."
+        )
+    return found
+
+
+def spec_of(experts: nn.Module) -> ExpertSpec:
+    """What `raymoe.kernels` must know of a transformers experts module: its interface flags and its gate."""
+    flags = {"is_gated": experts.has_gate, "is_transposed": experts.is_transposed}
+    post_norm = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
+    if type(experts)._apply_gate is _default_apply_gate or not experts.has_gate:
+        activation = _ACTIVATIONS.get(type(experts.act_fn))
+        if activation is not None:
+            # the default gate chunks in two whatever is_concatenated says
+            return ExpertSpec(activation=activation, post_norm=post_norm, **flags)
+        if not experts.has_gate:
+            return ExpertSpec(gate_fn=experts.act_fn, post_norm=post_norm, **flags)
+    clamped = _clamped_gate(experts, flags)
+    if clamped is not None and post_norm is None:
+        return clamped
+    return ExpertSpec(gate_fn=experts._apply_gate, post_norm=post_norm, **flags)
+
+
+def _clamped_gate(experts: nn.Module, flags: dict[str, bool]) -> ExpertSpec | None:
+    """The gpt-oss gate as numbers, if the family's own `_apply_gate` computes just that (probed on random rows)."""
+    limit, alpha = getattr(experts, "limit", None), getattr(experts, "alpha", None)
+    if limit is None or alpha is None or experts.is_concatenated:
+        return None
+    rows = torch.linspace(-3.0 * limit, 3.0 * limit, 64, dtype=torch.float64).view(4, 16)
+    gate, up = rows[:, ::2].clamp(max=limit), rows[:, 1::2].clamp(-limit, limit)
+    if not torch.allclose(experts._apply_gate(rows), (up + 1) * gate * torch.sigmoid(alpha * gate), rtol=1e-12, atol=0):
+        return None
+    return ExpertSpec(is_interleaved=True, gate_limit=float(limit), gate_alpha=float(alpha), up_offset=1.0, **flags)
+
+
+def weights_of(layer: MoELayer, views: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Picks from `{parameter name: [slots, *shape]}` what `raymoe.kernels` takes: (gate_up, down, biases or None)."""
+    return select_weights(layer.spec, views)
+
+
+def select_weights(
+    spec: ExpertSpec, parameters: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """`weights_of` for whoever has the spec alone."""
+    up = "gate_up_proj" if spec.is_gated else "up_proj"
+    biases = (parameters[f"{up}_bias"], parameters["down_proj_bias"]) if "down_proj_bias" in parameters else None
+    return parameters[up], parameters["down_proj"], biases
+
+
+def _router_of(mlp: nn.Module, name: str) -> nn.Module:
+    for candidate in _ROUTER_NAMES:
+        if isinstance(getattr(mlp, candidate, None), nn.Module):
+            return getattr(mlp, candidate)
+    raise ValueError(
+        f"{name}: no router beside the experts (looked for {' and '.join(_ROUTER_NAMES)} in {type(mlp).__name__})"
+    )
+
+
+def _top_k(mlp: nn.Module, router: nn.Module, model: PreTrainedModel) -> int:
+    for owner, attribute in (
+        (router, "top_k"),
+        (mlp, "top_k"),
+        (model.config.get_text_config(), "num_experts_per_tok"),
+    ):
+        if isinstance(getattr(owner, attribute, None), int):
+            return getattr(owner, attribute)
+    raise ValueError(f"model family '{model.config.model_type}': cannot tell how many experts a token takes")

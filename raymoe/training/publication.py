@@ -1,0 +1,44 @@
+"""What the controller publishes to the ranks, and how all of them come to apply it at the same step."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Publication:
+    """Placement parameters for the steps to come."""
+
+    version: int
+    """From 0 upwards; each publication has a higher one than the last."""
+    policy: str
+    overlap_degree: int
+    """t of Algorithm 1."""
+    extra_slots: int
+    """m of Algorithm 1."""
+    window: int
+
+
+class PublicationBox:
+    """Publications that have reached this rank.
+
+    Ranks all-reduce the MIN of `newest` in every step; all of them hold every version up to it, so all of them can apply it
+    at the next step. `put` may be called from another thread.
+    """
+
+    def __init__(self, first: Publication):
+        self._held = {first.version: first}
+        self.applied = first
+
+    @property
+    def newest(self) -> int:
+        return max(self._held)
+
+    def put(self, publication: Publication) -> None:
+        self._held = {**self._held, publication.version: publication}
+
+    def agree(self, version: int) -> bool:
+        """Applies the publication that all ranks hold; True if it is a new one."""
+        if version == self.applied.version:
+            return False
+        self.applied = self._held[version]
+        self._held = {v: publication for v, publication in self._held.items() if v >= version}
+        return True

@@ -1,0 +1,51 @@
+"""The ranks of one epoch and their process groups."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """One rank's view of its epoch: who it is and the groups it talks through.
+
+    Expert weights, tokens and dense gradients travel in groups of their own, so that one kind never waits behind another;
+    every rank issues the collectives of a group in the same program order.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    experts: dist.ProcessGroup
+    tokens: dist.ProcessGroup
+    dense: dist.ProcessGroup
+    moved_bytes: Counter[str] = field(default_factory=Counter)
+    """Bytes this rank has sent to others, by kind of collective; only ever grows."""
+
+
+def join_world(init_method: str, rank: int, size: int, timeout_s: float, device: torch.device | None = None) -> World:
+    """Forms the process groups of an epoch; returns when all ranks have come.
+
+    Args:
+        init_method: `tcp://host:port` or `file://path`, fresh for every epoch.
+        timeout_s: how long to wait for the others, now and in any later collective.
+        device: where this rank computes; default: the CPU.
+
+    Raises:
+        torch.distributed.DistError: not all ranks came in time.
+    """
+    device = device or torch.device("cpu")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size, timeout=timeout)
+    experts, tokens, dense = (dist.new_group(timeout=timeout) for _ in range(3))
+    return World(rank, size, device, experts, tokens, dense)
+
+
+def leave_world() -> None:
+    """Destroys this rank's process groups. On an error call it at once: the closing sockets free all the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
