@@ -32,8 +32,8 @@ class ModelConfig(Strict):
     config: dict[str, Any] | None = None
     """A transformers configuration (`model_type` and its keys) to start from random weights. `vocab_size` and the special
     token ids come from the tokenizer."""
-    dtype: Dtype = "float32"
-    """Of the parameters and of the computation."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Of the parameters, the moments and the computation."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelConfig":
@@ -112,6 +112,10 @@ class TrainConfig(Strict):
     optimizer: OptimizerConfig = OptimizerConfig()
     workers: int = Field(2, ge=1)
     """`ExpertWorker` actors, one a device."""
+    worker_cpus: float = Field(1, gt=0)
+    """CPUs a worker reserves; it computes with as many threads."""
+    worker_gpus: float = Field(0, ge=0)
+    """GPUs a worker reserves."""
     steps: int = Field(200, ge=1)
     batch: int = Field(16, ge=1)
     """Sequences a step, over all workers together: the same whatever their number."""
@@ -157,7 +161,9 @@ class ServeConfig(Strict):
     num_cpus: float = Field(1, gt=0)
     """CPUs an `Engine` reserves; it computes with as many threads."""
     num_gpus: float = Field(0, ge=0)
-    """GPUs an `Engine` reserves."""
+    """GPUs an `Engine` reserves; above 0 the model and the expert cache are on the GPU."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of the `Engine` processes, e.g. RAYMOE_KERNELS."""
     host: str = "127.0.0.1"
     """Address the HTTP proxy binds to (`raymoe serve`; with `serve run` and YAML it is Serve's own `http_options`)."""
     port: int = Field(8000, ge=0, le=65535)

@@ -86,12 +86,15 @@ class ExpertFiles:
             )
 
 
-def load_without_experts(path: Path | str, dtype: torch.dtype) -> tuple[PreTrainedModel, ExpertFiles]:
+def load_without_experts(
+    path: Path | str, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[PreTrainedModel, ExpertFiles]:
     """Opens a checkpoint with its dense weights in memory and its experts left in the files.
 
     Args:
         path: a Hugging Face directory with `config.json` and safetensors files.
         dtype: of the model and of the experts as they are read.
+        device: where the dense weights go.
 
     Returns:
         (model in eval mode, whose expert parameters are on the meta device, its experts).
@@ -116,12 +119,12 @@ def load_without_experts(path: Path | str, dtype: torch.dtype) -> tuple[PreTrain
                 if target.parameter in expert_parameters:
                     sources[target.parameter, target.expert].append(_Source(file, key, target.part, target.parts))
                 elif target.parameter in wanted:
-                    dense[target.parameter] = handle.get_tensor(key).to(wanted[target.parameter].dtype)
+                    dense[target.parameter] = handle.get_tensor(key).to(device, wanted[target.parameter].dtype)
     for found in sources.values():
         found.sort(key=lambda source: source.part)
     model.load_state_dict(dense, strict=False, assign=True)
     model.tie_weights()
-    _rebuild_buffers(model)
+    _rebuild_buffers(model, device)
     missing = [n for n, p in model.named_parameters() if p.is_meta and n not in expert_parameters]
     if missing:
         raise ValueError(f"{path}: {len(missing)} tensors are missing from its files, the first is '{missing[0]}'")
@@ -143,13 +146,13 @@ def _weight_files(path: Path) -> list[Path]:
     return files
 
 
-def _rebuild_buffers(model: PreTrainedModel) -> None:
+def _rebuild_buffers(model: PreTrainedModel, device: torch.device | str) -> None:
     """Computes the buffers that no file holds (rotary frequencies and the like), the way the family itself does."""
     for module in model.modules():
         lost = [name for name, buffer in module.named_buffers(recurse=False) if buffer is not None and buffer.is_meta]
         if not lost:
             continue
         for name in lost:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
         with torch.no_grad():
             model._init_weights(module)

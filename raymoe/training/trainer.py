@@ -52,8 +52,6 @@ class StepReport:
     tokens: int
     """Of all ranks."""
     step_s: float
-    expert_imbalance: float
-    """Busiest expert's rows over the mean, averaged over layers."""
     loads: np.ndarray
     """int64 [L, E], rows of this rank's own tokens."""
     computed_rows: np.ndarray
@@ -132,8 +130,7 @@ class Trainer:
 
         losses = torch.stack([token_loss.detach().double() / tokens, balance.detach().double()])
         dist.all_reduce(losses, group=self.world.dense)
-        loads_LE = loads.cpu().numpy()
-        self._history.append(loads_LE)
+        self._history.append(loads.cpu().numpy())
         return StepReport(
             step=number,
             loss=losses[0].item(),
@@ -142,7 +139,6 @@ class Trainer:
             learning_rate=learning_rate,
             tokens=tokens,
             step_s=time.perf_counter() - started,
-            expert_imbalance=float((loads_LE.max(1) / loads_LE.mean(1)).mean()),
             loads=self.experts.loads.cpu().numpy().copy(),
             computed_rows=self.experts.computed_rows.cpu().numpy().copy(),
             copies=int(plan.copies.sum()) - plan.owners.size,

@@ -1,0 +1,124 @@
+"""The actor of a training rank. Thin: the step is `raymoe.training.Trainer`."""
+
+import logging
+import os
+import socket
+from pathlib import Path
+
+import ray
+import torch
+from ray.actor import ActorHandle
+
+from raymoe import env
+from raymoe.actors.metrics import export_metrics
+from raymoe.models import CheckpointWriter
+from raymoe.telemetry import TraceWriter, metrics
+from raymoe.training.job import TrainJob, build_trainer
+from raymoe.training.publication import Publication
+from raymoe.training.tokenizer import load_tokenizer
+from raymoe.training.trainer import StepReport, Trainer
+from raymoe.training.world import join_world, leave_world
+
+logger = logging.getLogger("raymoe")
+
+
+@ray.remote(concurrency_groups={"control": 1})
+class ExpertWorker:
+    """One rank: owns a part of the experts, and runs the training step in lock step with the others.
+
+    The constructor takes a path-sized job and no tensors, so that a restart costs nothing; `start` brings the state.
+    """
+
+    def __init__(self, rank: int, job: TrainJob):
+        logging.basicConfig(level=env.log_level())
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+        export_metrics()
+        self._rank, self._job = rank, job
+        self._trainer: Trainer | None = None
+
+    def __repr__(self) -> str:
+        return f"ExpertWorker[{self._rank}]"
+
+    def rendezvous(self) -> str:
+        """An address on this worker's node where an epoch's ranks can meet."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.bind((host, 0))
+            port = probe.getsockname()[1]
+        return f"tcp://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def start(self, rendezvous: str) -> dict[str, int]:
+        """Joins the epoch, reads its part of the model, and measures what the controller wants to know.
+
+        Returns:
+            `bandwidth_bytes_s` and `expert_bytes`.
+        """
+        config = self._job.config
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        world = join_world(rendezvous, self._rank, config.workers, config.worker_timeout_s, device)
+        self._trainer = build_trainer(self._job, world)
+        return {"bandwidth_bytes_s": self._trainer.measure_bandwidth(), "expert_bytes": self._trainer.expert_bytes}
+
+    def run(self, controller: ActorHandle) -> None:
+        """Trains to the last step; every step's report goes to the controller."""
+        job, trainer = self._job, self._trainer
+        assert trainer is not None, "start() comes first"
+        trace_path = job.folder / "trace" / f"rank-{self._rank}.parquet"
+        trace_path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with TraceWriter(trace_path, job.num_layers, job.num_experts) as trace:
+                for step in range(job.config.steps):
+                    report = trainer.step(step)
+                    trace.append(step, report.loads, rank=self._rank)
+                    self._record(report)
+                    controller.report.remote(self._rank, report)
+        except BaseException:
+            # at once: the closing sockets free every rank that waits for this one
+            leave_world()
+            raise
+
+    def save(self, path: Path) -> None:
+        """Writes the whole model as a Hugging Face directory; every rank calls it, rank 0 writes."""
+        assert self._trainer is not None, "start() comes first"
+        if self._rank > 0:
+            self._trainer.write(None)
+            return
+        tokenizer = load_tokenizer(self._job.config.tokenizer.path or self._job.model_path)
+        with CheckpointWriter(path, self._trainer.model, tokenizer) as writer:
+            self._trainer.write(writer)
+
+    def stop(self) -> None:
+        """Leaves the epoch."""
+        leave_world()
+
+    @ray.method(concurrency_group="control")
+    def publish(self, publication: Publication) -> None:
+        """Takes the controller's publication while a step runs; the ranks agree on when to apply it."""
+        assert self._trainer is not None, "start() comes first"
+        self._trainer.publications.put(publication)
+
+    @ray.method(concurrency_group="control")
+    def state(self) -> dict[str, object]:
+        """What this worker is and holds, while a step runs: rank, process, backends of the kernels, bytes of its state."""
+        from raymoe import kernels
+
+        assert self._trainer is not None, "start() comes first"
+        return {
+            "rank": self._rank,
+            "pid": os.getpid(),
+            "kernel_calls": kernels.calls(),
+            "owned_experts": [len(shard.owned) for shard in self._trainer.experts.shards],
+            "state_bytes": self._trainer.optimizer.state_bytes(),
+        }
+
+    def _record(self, report: StepReport) -> None:
+        moved = report.moved_bytes
+        metrics.TRAIN_MATERIALISED_BYTES_TOTAL.inc(
+            moved.get("sparse_all_gather", 0) + moved.get("sparse_reduce_scatter", 0)
+        )
+        metrics.TRAIN_ALLTOALL_BYTES_TOTAL.inc(moved.get("all_to_all", 0))
+        if self._rank == 0:
+            metrics.TRAIN_STEP_S.observe(report.step_s)
+            metrics.TRAIN_LOSS.set(report.loss)
+            metrics.TRAIN_TOKENS_TOTAL.inc(report.tokens)
+            metrics.TRAIN_TOKENS_PER_S.set(report.tokens / report.step_s)

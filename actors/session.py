@@ -1,0 +1,39 @@
+"""Ray for the length of a command: a cluster of our own, or the one we were submitted to."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+
+@contextmanager
+def ray_session(min_cpus: int, *, own: bool = False, dashboard: bool = True) -> Iterator[str]:
+    """Connects to Ray and disconnects at the end, also on an exception or Ctrl-C.
+
+    Args:
+        min_cpus: CPUs that a cluster of our own offers at least; a small machine then shares its cores.
+        own: always start a cluster of our own, never join one. Without it, `RAY_ADDRESS` (which `ray job submit` sets)
+            is joined, and one is started where it is absent.
+        dashboard: run the dashboard in a cluster of our own.
+
+    Yields:
+        The dashboard's URL, or "" without one.
+    """
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "raymoe"}
+    if ray.is_initialized():
+        raise RuntimeError("Ray is connected already in this process; call ray.shutdown() first")
+    if own or "RAY_ADDRESS" not in os.environ:
+        context = ray.init(
+            address="local",
+            num_cpus=max(min_cpus, os.cpu_count() or 1),
+            include_dashboard=dashboard,
+            **quiet,
+        )
+    else:
+        context = ray.init(**quiet)
+    try:
+        yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
+    finally:
+        ray.shutdown()

@@ -1,0 +1,140 @@
+"""The workers and the controller of one training run, from the driver's side."""
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from raymoe.actors.expert_worker import ExpertWorker
+from raymoe.actors.placement_controller import PlacementController, StepSummary
+from raymoe.training.job import TrainJob
+from raymoe.training.trainer import PlanMismatch
+
+NAMESPACE = "raymoe"
+_POLL_S = 0.25
+
+
+class WorkersFailed(RuntimeError):
+    """The run ended because workers could not be placed, failed or died; says which and why."""
+
+
+class WorkerGroup:
+    """Creates a run's actors, trains, saves. Use as a context manager: leaving it ends all the actors."""
+
+    def __init__(self, job: TrainJob):
+        self._job = job
+        self._run = f"{job.folder.name}-{uuid.uuid4().hex[:6]}"
+        self._timeout_s = job.config.worker_timeout_s
+        self.controller: ActorHandle | None = None
+        self.workers: list[ActorHandle] = []
+
+    def __enter__(self) -> "WorkerGroup":
+        try:
+            self._create()
+        except BaseException:
+            self._kill()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._kill()
+
+    def train(self) -> Iterator[StepSummary]:
+        """Runs all steps; yields each as it is done.
+
+        Raises:
+            WorkersFailed: a worker died or failed.
+        """
+        running = {worker.run.remote(self.controller): rank for rank, worker in enumerate(self.workers)}
+        known = 0
+        while known < self._job.config.steps:
+            done, _ = ray.wait(list(running), num_returns=len(running), timeout=_POLL_S)
+            failures = self._failures({ref: running[ref] for ref in done})
+            if failures:
+                raise self._explain(running, failures)
+            fresh = ray.get(self.controller.progress.remote(known), timeout=self._timeout_s)
+            yield from fresh
+            known += len(fresh)
+        self._gather(list(running), "finish")
+
+    def save(self, path: Path) -> None:
+        """Writes the trained model as a Hugging Face directory."""
+        self._gather([worker.save.remote(path) for worker in self.workers], "save")
+
+    def states(self) -> list[dict[str, object]]:
+        """Every worker's state, in the order of the ranks."""
+        return self._gather([worker.state.remote() for worker in self.workers], "report their state")
+
+    def _create(self) -> None:
+        config = self._job.config
+        named = {"namespace": NAMESPACE}
+        self.controller = PlacementController.options(name=f"{self._run}/placement-controller", **named).remote(
+            self._job
+        )
+        resources = {"num_cpus": config.worker_cpus, "num_gpus": config.worker_gpus}
+        self.workers = [
+            ExpertWorker.options(name=f"{self._run}/expert-worker-{rank}", **named, **resources).remote(rank, self._job)
+            for rank in range(config.workers)
+        ]
+        meeting = self._gather([self.workers[0].rendezvous.remote()], "be placed")[0]
+        measurements = self._gather([worker.start.remote(meeting) for worker in self.workers], "start")
+        ray.get(self.controller.register.remote(self.workers, measurements), timeout=self._timeout_s)
+
+    def _gather(self, refs: list[ray.ObjectRef], what: str) -> list:
+        try:
+            return ray.get(refs, timeout=self._timeout_s)
+        except GetTimeoutError:
+            config = self._job.config
+            raise WorkersFailed(
+                f"{config.workers} workers did not {what} within {self._timeout_s:g} s. They need {config.worker_cpus:g} "
+                f"CPUs and {config.worker_gpus:g} GPUs each; free in the cluster: {_free()}. Lower 'workers', free "
+                "resources, or raise 'worker_timeout_s'."
+            ) from None
+        except RayError:
+            raise self._explain(
+                dict.fromkeys(refs, 0), self._failures({ref: i for i, ref in enumerate(refs)})
+            ) from None
+
+    def _failures(self, done: dict[ray.ObjectRef, int]) -> dict[int, RayError]:
+        failures = {}
+        for ref, rank in done.items():
+            try:
+                ray.get(ref, timeout=self._timeout_s)
+            except RayError as error:
+                failures[rank] = error
+        return failures
+
+    def _explain(self, running: dict[ray.ObjectRef, int], failures: dict[int, RayError]) -> WorkersFailed:
+        """Names the cause: a death before an error of our own before a collective that broke because of them."""
+        others = {ref: rank for ref, rank in running.items() if rank not in failures}
+        done, _ = ray.wait(list(others), num_returns=len(others), timeout=2) if others else ([], [])
+        failures = failures | self._failures({ref: others[ref] for ref in done})
+        rank, error = min(failures.items(), key=lambda item: (_blame(item[1]), item[0]))
+        if isinstance(error, RayActorError):
+            return WorkersFailed(f"worker {rank} died: {error}")
+        return WorkersFailed(f"worker {rank} failed: {error}")
+
+    def _kill(self) -> None:
+        for actor in [*self.workers, self.controller]:
+            if actor is not None:
+                ray.kill(actor)
+        self.workers, self.controller = [], None
+
+
+def _blame(error: RayError) -> int:
+    if isinstance(error, RayActorError):
+        return 0
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    # a broken collective is a RuntimeError, and is what all the other ranks see
+    return 2 if isinstance(cause, RuntimeError) and not isinstance(cause, PlanMismatch) else 1
+
+
+def _free() -> str:
+    free = ray.available_resources()
+    return f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs"
