@@ -1,5 +1,6 @@
 """The workers and the controller of one training run, from the driver's side."""
 
+import logging
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from raymoe.actors.placement_controller import PlacementController, StepSummary
 from raymoe.training.job import TrainJob
 from raymoe.training.trainer import PlanMismatch
 
+logger = logging.getLogger("raymoe")
+
 NAMESPACE = "raymoe"
 _POLL_S = 0.25
 
@@ -23,7 +26,7 @@ class WorkersFailed(RuntimeError):
 
 
 class WorkerGroup:
-    """Creates a run's actors, trains, saves. Use as a context manager: leaving it ends all the actors."""
+    """Starts a run's actors, trains, saves. Use as a context manager: leaving it ends all the actors."""
 
     def __init__(self, job: TrainJob):
         self._job = job
@@ -33,17 +36,36 @@ class WorkerGroup:
         self.workers: list[ActorHandle] = []
 
     def __enter__(self) -> "WorkerGroup":
-        try:
-            self._create()
-        except BaseException:
-            self._kill()
-            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._kill()
+
+    def start(self) -> None:
+        """Places the controller and the workers, forms the epoch, and loads the model.
+
+        Raises:
+            WorkersFailed: the cluster has no room for them in time, or one failed.
+        """
+        config = self._job.config
+        named = {"namespace": NAMESPACE}
+        self.controller = PlacementController.options(name=f"{self._run}/placement-controller", **named).remote(
+            self._job
+        )
+        resources = {
+            "num_cpus": config.worker_cpus,
+            "num_gpus": config.worker_gpus,
+            "runtime_env": {"env_vars": config.env},
+        }
+        self.workers = [
+            ExpertWorker.options(name=f"{self._run}/expert-worker-{rank}", **named, **resources).remote(rank, self._job)
+            for rank in range(config.workers)
+        ]
+        meeting, *_ = self._gather([worker.rendezvous.remote() for worker in self.workers], "could not be placed")
+        measurements = self._gather([worker.start.remote(meeting) for worker in self.workers], "did not start")
+        ray.get(self.controller.register.remote(self.workers, measurements), timeout=self._timeout_s)
 
     def train(self) -> Iterator[StepSummary]:
         """Runs all steps; yields each as it is done.
@@ -61,30 +83,15 @@ class WorkerGroup:
             fresh = ray.get(self.controller.progress.remote(known), timeout=self._timeout_s)
             yield from fresh
             known += len(fresh)
-        self._gather(list(running), "finish")
+        self._gather(list(running), "did not finish")
 
     def save(self, path: Path) -> None:
         """Writes the trained model as a Hugging Face directory."""
-        self._gather([worker.save.remote(path) for worker in self.workers], "save")
+        self._gather([worker.save.remote(path) for worker in self.workers], "did not save")
 
     def states(self) -> list[dict[str, object]]:
         """Every worker's state, in the order of the ranks."""
-        return self._gather([worker.state.remote() for worker in self.workers], "report their state")
-
-    def _create(self) -> None:
-        config = self._job.config
-        named = {"namespace": NAMESPACE}
-        self.controller = PlacementController.options(name=f"{self._run}/placement-controller", **named).remote(
-            self._job
-        )
-        resources = {"num_cpus": config.worker_cpus, "num_gpus": config.worker_gpus}
-        self.workers = [
-            ExpertWorker.options(name=f"{self._run}/expert-worker-{rank}", **named, **resources).remote(rank, self._job)
-            for rank in range(config.workers)
-        ]
-        meeting = self._gather([self.workers[0].rendezvous.remote()], "be placed")[0]
-        measurements = self._gather([worker.start.remote(meeting) for worker in self.workers], "start")
-        ray.get(self.controller.register.remote(self.workers, measurements), timeout=self._timeout_s)
+        return self._gather([worker.state.remote() for worker in self.workers], "did not report their state")
 
     def _gather(self, refs: list[ray.ObjectRef], what: str) -> list:
         try:
@@ -92,7 +99,7 @@ class WorkerGroup:
         except GetTimeoutError:
             config = self._job.config
             raise WorkersFailed(
-                f"{config.workers} workers did not {what} within {self._timeout_s:g} s. They need {config.worker_cpus:g} "
+                f"{config.workers} workers {what} within {self._timeout_s:g} s. They need {config.worker_cpus:g} "
                 f"CPUs and {config.worker_gpus:g} GPUs each; free in the cluster: {_free()}. Lower 'workers', free "
                 "resources, or raise 'worker_timeout_s'."
             ) from None
@@ -116,9 +123,11 @@ class WorkerGroup:
         done, _ = ray.wait(list(others), num_returns=len(others), timeout=2) if others else ([], [])
         failures = failures | self._failures({ref: others[ref] for ref in done})
         rank, error = min(failures.items(), key=lambda item: (_blame(item[1]), item[0]))
+        logger.debug("worker %d: %s", rank, error)
         if isinstance(error, RayActorError):
-            return WorkersFailed(f"worker {rank} died: {error}")
-        return WorkersFailed(f"worker {rank} failed: {error}")
+            return WorkersFailed(f"worker {rank} died: {' '.join(str(error).split())}")
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        return WorkersFailed(f"worker {rank} failed: {type(cause).__name__}: {' '.join(str(cause).split())}")
 
     def _kill(self) -> None:
         for actor in [*self.workers, self.controller]:

@@ -116,6 +116,8 @@ class TrainConfig(Strict):
     """CPUs a worker reserves; it computes with as many threads."""
     worker_gpus: float = Field(0, ge=0)
     """GPUs a worker reserves."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of the workers, e.g. RAYMOE_KERNELS."""
     steps: int = Field(200, ge=1)
     batch: int = Field(16, ge=1)
     """Sequences a step, over all workers together: the same whatever their number."""

@@ -1,30 +1,31 @@
 """Runs a function on several ranks, each a process of its own, without Ray."""
 
+import functools
+import multiprocessing
 import tempfile
-import traceback
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 
 from raymoe.training.world import join_world, leave_world
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60) -> list[Any]:
+@functools.cache
+def _process(_rank: int) -> ProcessPoolExecutor:
+    """One process a rank, kept for the whole test run: starting it imports torch and transformers."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+
+def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
     """`function(join, rank, *args)` on `size` ranks; `join()` forms a fresh world. Returns what each rank returned."""
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.spawn(_rank, (size, folder, function, args), nprocs=size, join=False)
-        while not context.join(timeout=timeout_s):
-            pass
-        results = [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
-    failures = [result["error"] for result in results if "error" in result]
-    assert not failures, "\n".join(failures)
-    return [result["value"] for result in results]
+        futures = [_process(rank).submit(_run, rank, size, folder, function, args) for rank in range(size)]
+        return [future.result(timeout_s) for future in futures]
 
 
-def _rank(rank: int, size: int, folder: str, function: Callable[..., Any], args: tuple) -> None:
+def _run(rank: int, size: int, folder: str, function: Callable[..., Any], args: tuple) -> Any:
     torch.set_num_threads(1)
     worlds = 0
 
@@ -35,9 +36,6 @@ def _rank(rank: int, size: int, folder: str, function: Callable[..., Any], args:
         return join_world(f"file://{folder}/world{worlds}", rank, size, timeout_s=30)
 
     try:
-        result = {"value": function(join, rank, *args)}
-    except Exception:
-        result = {"error": f"rank {rank}: {traceback.format_exc()}"}
+        return function(join, rank, *args)
     finally:
         leave_world()
-    torch.save(result, Path(folder) / f"{rank}.pt")

@@ -1,0 +1,51 @@
+# Every target sets itself up from a fresh clone. PYTHON=python3.12 picks another interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+WHEEL := build/wheel
+
+.PHONY: demo test lint test-slow bench lock clean
+
+demo: $(VENV)/.installed
+	$(BIN)/raymoe demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build dist $(WHEEL)
+	$(PIP) wheel . --no-deps --no-build-isolation --wheel-dir dist
+	$(PIP) install --no-deps --target $(WHEEL) dist/*.whl
+	PYTHONPATH=$(WHEEL) $(BIN)/lint-imports --no-cache
+	$(BIN)/basedpyright --pythonpath $(BIN)/python $(WHEEL)/raymoe
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.first_light
+
+# torch first and pinned: where pip finds a CPU build of it, that one is taken
+$(VENV)/.installed: pyproject.toml requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint requirements.lock pip setuptools torch
+	$(PIP) install --constraint requirements.lock --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --constraint requirements.lock --no-build-isolation --editable .[dev]
+	touch $@
+
+# writes down what a fresh environment resolved to
+lock:
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet torch==$(shell sed -n 's/^torch==//p' requirements.lock) triton==$(shell sed -n 's/^triton==//p' requirements.lock)
+	build/lock/bin/pip install --quiet --editable .[dev]
+	(echo "# Pins for Python 3.11 to 3.13, used as constraints: make lock writes this file."; \
+	 build/lock/bin/pip freeze --all --exclude raymoe | sed 's/+cpu$$//') > requirements.lock
+
+clean:
+	rm -rf build dist runs $(VENV)

@@ -1,0 +1,3 @@
+from raymoe.cli import main
+
+main()

@@ -1,0 +1,81 @@
+"""The `raymoe` command."""
+
+import logging
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from raymoe import env
+
+app = typer.Typer(
+    help="Train and serve Hugging Face Mixture-of-Experts models on whatever workers a Ray cluster has right now.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Json = Annotated[Path | None, typer.Option("--json", help="Write what is printed to this file, as JSON.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, laid over the file; dots reach down.")]
+
+
+@app.command()
+def demo(
+    data: Annotated[str, typer.Option(help="Text, JSONL or Parquet file, or a folder of them.")] = "stdlib",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 240,
+    output: Annotated[Path, typer.Option(help="Folder for checkpoint, trace and report.")] = Path("runs/demo"),
+    json: Json = None,
+) -> None:
+    """Train a small MoE model on real text with its experts in Ray actors, save it, serve it, and report."""
+    from raymoe.commands.demo import run_demo
+
+    run_demo(data, steps, output, _console(), _command(), json)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file.")], overrides: Overrides = None, json: Json = None
+) -> None:
+    """Train the model that CONFIG describes."""
+    from raymoe.commands.train import train as run
+    from raymoe.config import TrainConfig, load_config
+
+    run(load_config(TrainConfig, config, overrides), _console(), _command(), json)
+
+
+@app.command()
+def serve(model: Annotated[Path, typer.Argument(help="Hugging Face directory.")], overrides: Overrides = None) -> None:
+    """Serve MODEL behind an OpenAI-compatible API until Ctrl-C. Overrides: expert_memory=25% port=8000 ..."""
+    from raymoe.commands.serve import serve as run
+    from raymoe.config import ServeConfig, parse_config
+
+    run(parse_config(ServeConfig, {"model": str(model)}, overrides), _console())
+
+
+def main() -> None:
+    """Entry point: bad input and failed runs are one clear message on stderr, not a traceback."""
+    from raymoe.actors import WorkersFailed
+    from raymoe.serving.run import ServeError
+
+    logging.basicConfig(level=env.log_level(), format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except (ValueError, WorkersFailed, ServeError) as error:
+        if env.log_level() == "DEBUG":
+            raise
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped")
+        sys.exit(130)
+
+
+def _console() -> Console:
+    return Console(soft_wrap=not sys.stdout.isatty())
+
+
+def _command() -> str:
+    return shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
