@@ -1,0 +1,71 @@
+"""Group the routed rows of a batch by expert.  T = tokens, K = choices per token, S = T*K routed rows, E = experts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Plan(NamedTuple):
+    """Where each routed row stands once rows are sorted by expert. A slot is a (token, choice) pair, counted t*K + k.
+
+    Rows from ``offsets[-1]`` on have no expert: they are never computed, and what stands there is never read.
+    """
+
+    order: Tensor
+    """int64 [S]: slot of each sorted row; within an expert in slot order."""
+    token: Tensor
+    """int64 [S]: token of each sorted row."""
+    expert: Tensor
+    """int64 [S]: expert of each sorted row, ascending; E on the rows without an expert, which come last."""
+    inverse: Tensor
+    """int64 [T, K]: sorted row of each slot."""
+    offsets: Tensor
+    """int32 [E + 1]: rows of expert e are offsets[e] .. offsets[e+1]; offsets[E] rows have an expert."""
+
+    @property
+    def num_experts(self) -> int:
+        return self.offsets.numel() - 1
+
+
+def plan(expert_index: Tensor, num_experts: int) -> Plan:
+    """Stable counting sort of the routed rows by expert, without a host sync.
+
+    Args:
+        expert_index: [T, K], an integer type; ``num_experts`` means "no expert here". Other values out of range are an
+            error on CPU and not checked on a device, where the check would stop the stream.
+
+    Raises:
+        ValueError: not [T, K], not of an integer type, or (on CPU) an index out of range.
+
+    Source: sort-by-expert as in ScatterMoE (arXiv 2403.08245).
+    """
+    if expert_index.ndim != 2 or expert_index.is_floating_point() or expert_index.dtype == torch.bool:
+        raise ValueError(
+            f"expert_index must be an integer tensor [T, K], got {expert_index.dtype} {tuple(expert_index.shape)}"
+        )
+    device = expert_index.device
+    num_tokens, top_k = expert_index.shape
+    expert, order = expert_index.reshape(-1).to(torch.int64).sort(stable=True)
+    if device.type == "cpu" and expert.numel() and not 0 <= int(expert[0]) <= int(expert[-1]) <= num_experts:
+        raise ValueError(
+            f"expert_index holds values from {int(expert[0])} to {int(expert[-1])}, "
+            f"but there are {num_experts} experts; use 0 to {num_experts - 1}, or {num_experts} for no expert"
+        )
+    bounds = torch.arange(num_experts + 1, device=device)
+    offsets = torch.searchsorted(expert, bounds, out_int32=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=device))
+    token = order // top_k if top_k else order
+    return Plan(order, token, expert, inverse.view(num_tokens, top_k), offsets)
+
+
+def real_rows(plan: Plan) -> int | None:
+    """How many rows have an expert, where the host may read it for nothing (CPU); None on a device."""
+    return int(plan.offsets[-1]) if plan.offsets.device.type == "cpu" else None
+
+
+def has_expert(plan: Plan) -> Tensor:
+    """bool [S]: whether a sorted row has an expert."""
+    return plan.expert < plan.num_experts

@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from raymoe.kernels import ACTIVATIONS, ExpertSpec
+from raymoe.kernels.spec import triton_refusal
+
+
+def test_unknown_activation():
+    with pytest.raises(ValueError, match="'swish' is not known; use one of silu"):
+        ExpertSpec(activation="swish")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"is_interleaved": True}, {"gate_limit": 7.0}, {"gate_alpha": 2.0}, {"up_offset": 1.0}, {"gate_fn": torch.relu}],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_gate_fields_need_a_gate(fields):
+    with pytest.raises(ValueError, match="need is_gated=True"):
+        ExpertSpec(is_gated=False, **fields)
+
+
+def test_alpha_belongs_to_silu():
+    with pytest.raises(ValueError, match="only belongs to silu"):
+        ExpertSpec(activation="gelu", gate_alpha=1.702)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_triton_takes_every_activation(activation):
+    assert triton_refusal(ExpertSpec(activation=activation), torch.bfloat16) is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "reason"),
+    [
+        (ExpertSpec(gate_fn=torch.relu), torch.float32, "gate_fn"),
+        (ExpertSpec(post_norm=torch.relu), torch.float32, "post_norm"),
+        (ExpertSpec(), torch.float64, "float64"),
+    ],
+)
+def test_triton_refuses(spec, dtype, reason):
+    assert reason in triton_refusal(spec, dtype)
