@@ -12,6 +12,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from raymoe.actors.expert_worker import ExpertWorker
 from raymoe.actors.placement_controller import PlacementController, StepSummary
+from raymoe.errors import RunFailed
 from raymoe.training.job import TrainJob
 from raymoe.training.trainer import PlanMismatch
 
@@ -21,7 +22,7 @@ NAMESPACE = "raymoe"
 _POLL_S = 0.25
 
 
-class WorkersFailed(RuntimeError):
+class WorkersFailed(RunFailed):
     """The run ended because workers could not be placed, failed or died; says which and why."""
 
 

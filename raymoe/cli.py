@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from raymoe import env
+from raymoe.errors import RunFailed
 
 app = typer.Typer(
     help="Train and serve Hugging Face Mixture-of-Experts models on whatever workers a Ray cluster has right now.",
@@ -40,30 +41,32 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML file.")], overrides: Overrides = None, json: Json = None
 ) -> None:
     """Train the model that CONFIG describes."""
-    from raymoe.commands.train import train as run
     from raymoe.config import TrainConfig, load_config
 
-    run(load_config(TrainConfig, config, overrides), _console(), _command(), json)
+    checked = load_config(TrainConfig, config, overrides)
+    # after the check: it imports torch, transformers and Ray
+    from raymoe.commands.train import train as run
+
+    run(checked, _console(), _command(), json)
 
 
 @app.command()
 def serve(model: Annotated[Path, typer.Argument(help="Hugging Face directory.")], overrides: Overrides = None) -> None:
     """Serve MODEL behind an OpenAI-compatible API until Ctrl-C. Overrides: expert_memory=25% port=8000 ..."""
-    from raymoe.commands.serve import serve as run
     from raymoe.config import ServeConfig, parse_config
 
-    run(parse_config(ServeConfig, {"model": str(model)}, overrides), _console())
+    checked = parse_config(ServeConfig, {"model": str(model)}, overrides)
+    from raymoe.commands.serve import serve as run
+
+    run(checked, _console())
 
 
 def main() -> None:
     """Entry point: bad input and failed runs are one clear message on stderr, not a traceback."""
-    from raymoe.actors import WorkersFailed
-    from raymoe.serving.run import ServeError
-
     logging.basicConfig(level=env.log_level(), format="%(levelname)s %(name)s: %(message)s")
     try:
         app()
-    except (ValueError, WorkersFailed, ServeError) as error:
+    except (ValueError, RunFailed) as error:
         if env.log_level() == "DEBUG":
             raise
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)

@@ -146,8 +146,10 @@ def _write_initial(config: TrainConfig, path: Path, tokenizer: PreTrainedTokeniz
         )
         set_seed(config.seed)
         model = AutoModelForCausalLM.from_config(model_config, dtype=DTYPES[config.model.dtype])
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
     except Exception as error:
-        raise ConfigError(f"model.config: transformers refuses it: {error}") from error
+        raise ConfigError(f"model.config: transformers cannot run it: {error}") from error
     moe_layers(model)
     with CheckpointWriter(path, model, tokenizer) as writer:
         writer.add(model.state_dict())
