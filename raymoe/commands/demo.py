@@ -172,9 +172,10 @@ def _serving_part(outcome: ServingOutcome) -> Serving:
             Answer(answer.prompt, answer.text, answer.ttft_s, answer.tokens_per_s, answer.num_tokens)
             for answer in outcome.answers
         ],
-        step=list(range(len(history))),
+        step=[window["start_s"] for window in history],
         hits=[window["hits"] for window in history],
         misses=[window["misses"] for window in history],
+        unit="second",
     )
 
 

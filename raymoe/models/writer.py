@@ -33,10 +33,8 @@ class CheckpointWriter:
 
     def add(self, parameters: dict[str, Tensor]) -> None:
         """Writes one shard. `parameters` are named as in the model; the file gets the family's original names."""
-        tensors = {
-            name: tensor.detach().cpu().contiguous()
-            for name, tensor in revert_weight_conversion(self._model, dict(parameters)).items()
-        }
+        original = revert_weight_conversion(self._model, _without_ties(parameters))
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in original.items()}
         if not tensors:
             return
         self._shards.append(list(tensors))
@@ -76,3 +74,12 @@ class CheckpointWriter:
             self._path.rename(retired)
         self._folder.rename(self._path)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def _without_ties(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters without those that are another one under a second name, e.g. a tied `lm_head.weight`."""
+    kept: dict[tuple, tuple[str, Tensor]] = {}
+    for name, tensor in parameters.items():
+        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        kept.setdefault(place, (name, tensor))
+    return dict(kept.values())

@@ -3,12 +3,16 @@
 N owned experts, C copies, E experts of the layer.
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from raymoe.models import MoELayer, weights_of
+
+# a pool's parameters are strided views on purpose, and so are their gradients
+warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
 
 
 class ExpertShard:

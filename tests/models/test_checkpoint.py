@@ -52,6 +52,16 @@ def test_written_piece_by_piece_opens_in_transformers(family, tmp_path):
     assert all(torch.equal(reopened[name], value) for name, value in state.items())
 
 
+def test_tied_embeddings_are_written_once_and_open_tied(tmp_path):
+    model = tiny_model("olmoe", tie_word_embeddings=True)
+    with CheckpointWriter(tmp_path / "out", model) as writer:
+        writer.add(model.state_dict())
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    reopened, _ = load_without_experts(tmp_path / "out", torch.float32)
+    assert reopened.lm_head.weight is reopened.model.embed_tokens.weight
+    assert torch.equal(reopened.lm_head.weight, model.lm_head.weight)
+
+
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     model = tiny_model("olmoe")
     model.save_pretrained(tmp_path / "out")
