@@ -19,7 +19,7 @@ lint: $(VENV)/.installed-dev
 	rm -rf build dist $(WHEEL)
 	$(PIP) wheel . --no-deps --no-build-isolation --wheel-dir dist
 	$(PIP) install --no-deps --target $(WHEEL) dist/*.whl
-	PYTHONPATH=$(WHEEL) $(BIN)/lint-imports --no-cache
+	cd $(WHEEL) && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports --no-cache --config $(CURDIR)/pyproject.toml
 	$(BIN)/basedpyright --pythonpath $(BIN)/python $(WHEEL)/raymoe
 
 test-slow: $(VENV)/.installed-dev

@@ -22,7 +22,7 @@ from raymoe.training.world import join_world, leave_world
 logger = logging.getLogger("raymoe")
 
 
-@ray.remote(concurrency_groups={"control": 1})
+@ray.remote(concurrency_groups={"control": 1})  # pyright: ignore[reportCallIssue]  (Ray's overloads lack concurrency_groups)
 class ExpertWorker:
     """One rank: owns a part of the experts, and runs the training step in lock step with the others.
 

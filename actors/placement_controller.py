@@ -49,7 +49,7 @@ class StepSummary:
         return self.tokens / self.step_s
 
 
-@ray.remote(num_cpus=0, concurrency_groups={"control": 1})
+@ray.remote(num_cpus=0, concurrency_groups={"control": 1})  # pyright: ignore[reportCallIssue]  (Ray's overloads lack concurrency_groups)
 class PlacementController:
     """Settles what is slower than a step. Per-step plans are made by the ranks themselves, from what it last published."""
 

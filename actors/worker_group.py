@@ -33,7 +33,7 @@ class WorkerGroup:
         self._job = job
         self._run = f"{job.folder.name}-{uuid.uuid4().hex[:6]}"
         self._timeout_s = job.config.worker_timeout_s
-        self.controller: ActorHandle | None = None
+        self._controller: ActorHandle | None = None
         self.workers: list[ActorHandle] = []
 
     def __enter__(self) -> "WorkerGroup":
@@ -44,6 +44,12 @@ class WorkerGroup:
     ) -> None:
         self._kill()
 
+    @property
+    def controller(self) -> ActorHandle:
+        """The run's `PlacementController`."""
+        assert self._controller is not None, "start() comes first"
+        return self._controller
+
     def start(self) -> None:
         """Places the controller and the workers, forms the epoch, and loads the model.
 
@@ -52,7 +58,7 @@ class WorkerGroup:
         """
         config = self._job.config
         named = {"namespace": NAMESPACE}
-        self.controller = PlacementController.options(name=f"{self._run}/placement-controller", **named).remote(
+        self._controller = PlacementController.options(name=f"{self._run}/placement-controller", **named).remote(
             self._job
         )
         resources = {
@@ -74,13 +80,13 @@ class WorkerGroup:
         Raises:
             WorkersFailed: a worker died or failed.
         """
-        running = {worker.run.remote(self.controller): rank for rank, worker in enumerate(self.workers)}
+        running: dict[ray.ObjectRef, int] = {
+            worker.run.remote(self.controller): rank for rank, worker in enumerate(self.workers)
+        }
         known = 0
         while known < self._job.config.steps:
-            done, _ = ray.wait(list(running), num_returns=len(running), timeout=_POLL_S)
-            failures = self._failures({ref: running[ref] for ref in done})
-            if failures:
-                raise self._explain(running, failures)
+            if _failures(running, wait_s=_POLL_S):
+                raise self._explain(running)
             fresh = ray.get(self.controller.progress.remote(known), timeout=self._timeout_s)
             yield from fresh
             known += len(fresh)
@@ -105,24 +111,12 @@ class WorkerGroup:
                 "resources, or raise 'worker_timeout_s'."
             ) from None
         except RayError:
-            raise self._explain(
-                dict.fromkeys(refs, 0), self._failures({ref: i for i, ref in enumerate(refs)})
-            ) from None
+            raise self._explain({ref: rank for rank, ref in enumerate(refs)}) from None
 
-    def _failures(self, done: dict[ray.ObjectRef, int]) -> dict[int, RayError]:
-        failures = {}
-        for ref, rank in done.items():
-            try:
-                ray.get(ref, timeout=self._timeout_s)
-            except RayError as error:
-                failures[rank] = error
-        return failures
-
-    def _explain(self, running: dict[ray.ObjectRef, int], failures: dict[int, RayError]) -> WorkersFailed:
+    def _explain(self, running: dict[ray.ObjectRef, int]) -> WorkersFailed:
         """Names the cause: a death before an error of our own before a collective that broke because of them."""
-        others = {ref: rank for ref, rank in running.items() if rank not in failures}
-        done, _ = ray.wait(list(others), num_returns=len(others), timeout=2) if others else ([], [])
-        failures = failures | self._failures({ref: others[ref] for ref in done})
+        # a rank whose peer is gone needs a moment to notice
+        failures = _failures(running, wait_s=2)
         rank, error = min(failures.items(), key=lambda item: (_blame(item[1]), item[0]))
         logger.debug("worker %d: %s", rank, error)
         if isinstance(error, RayActorError):
@@ -131,10 +125,22 @@ class WorkerGroup:
         return WorkersFailed(f"worker {rank} failed: {type(cause).__name__}: {' '.join(str(cause).split())}")
 
     def _kill(self) -> None:
-        for actor in [*self.workers, self.controller]:
+        for actor in [*self.workers, self._controller]:
             if actor is not None:
                 ray.kill(actor)
-        self.workers, self.controller = [], None
+        self.workers, self._controller = [], None
+
+
+def _failures(running: dict[ray.ObjectRef, int], wait_s: float) -> dict[int, RayError]:
+    """The errors, by rank, of the calls that end within `wait_s`."""
+    done, _ = ray.wait(list(running), num_returns=len(running), timeout=wait_s)
+    failures = {}
+    for ref in done:
+        try:
+            ray.get(ref)
+        except RayError as error:
+            failures[running[ref]] = error
+    return failures
 
 
 def _blame(error: RayError) -> int:

@@ -92,7 +92,7 @@ def check_experts(
     inner_size = down.shape[1 if spec.is_transposed else 2]
     up_size = spec.gate_up_factor * inner_size
     layout = "[E, in, out] (spec.is_transposed)" if spec.is_transposed else "[E, out, in]"
-    expected = {
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
         "gate_up": (gate_up, _oriented(num_experts, up_size, hidden_size, spec)),
         "down": (down, _oriented(num_experts, hidden_size, inner_size, spec)),
     }

@@ -54,9 +54,7 @@ def gmm_k_config(dtype: torch.dtype) -> TileConfig:
     return TileConfig(64, 64, 32) if dtype == torch.float32 else TileConfig(128, 128, 32, num_warps=8)
 
 
-def tile_table(
-    plan: Plan, block_rows: int, experts: Sequence[int] | None = None, slots: Sequence[int] | None = None
-) -> Tiles:
+def tile_table(plan: Plan, block_rows: int, experts: Sequence[int] | None = None, slots: Sequence[int] = ()) -> Tiles:
     """Tiles of all experts, or of `experts` with weights at `slots`; no host sync."""
     device = plan.offsets.device
     if experts is None:

@@ -118,6 +118,7 @@ class _MoeMlp(torch.autograd.Function):
         if need_down_bias:
             grad_down_bias = group_sum(grad_out, plan.offsets, row_weight=row_weight, token=plan.token)
         if need_scale:
+            assert gate.scale is not None, "the gate kernel writes it where there is a scale"
             grad_scale = triton_gather_sum(gate.scale, plan, None, scale.dtype)
         grads = (grad_hidden, grad_gate_up, grad_down, grad_weight, grad_up_bias, grad_down_bias, grad_scale)
         return *grads, None, None, *[None] * len(plan)

@@ -54,11 +54,9 @@ class DataConfig(Strict):
     or a directory of them."""
     text_field: str = "text"
     """Field (JSONL) or column (Parquet) that holds the text."""
-    held_out: float = Field(0.03, gt=0, lt=0.5)
+    held_out: float = Field(default=0.03, gt=0, lt=0.5)
     """Share of the text, by whole documents, kept for evaluation."""
-    max_bytes: int | None = Field(None, ge=10_000)
-    """Read at most this many bytes of text, spread evenly over the documents."""
-    sequence_length: int = Field(256, ge=2)
+    sequence_length: int = Field(default=256, ge=2)
     """Tokens a training sequence."""
 
 
@@ -66,7 +64,7 @@ class TokenizerConfig(Strict):
     path: Path | None = None
     """A directory with a saved tokenizer; without it a byte-level BPE is trained on the training text. With `model.path`
     the default is the model's own tokenizer."""
-    vocab_size: int = Field(4096, ge=260)
+    vocab_size: int = Field(default=4096, ge=260)
     """Size of the vocabulary that is trained."""
 
 
@@ -75,9 +73,9 @@ class ExpertsConfig(Strict):
     """`ep`: every expert only at its owner. `fssdp`: hot experts are materialised on other workers, step by step."""
     overlap_degree: Literal["auto"] | int = "auto"
     """t of Algorithm 1: experts a layer may send within one step. `auto`: what hides behind the attention, as measured."""
-    extra_slots: int | None = Field(None, ge=0)
+    extra_slots: int | None = Field(default=None, ge=0)
     """m of Algorithm 1: copies a worker may hold per layer. Default: as many as `overlap_degree` asks for."""
-    window: int = Field(5, ge=1)
+    window: int = Field(default=5, ge=1)
     """Steps whose mean load is the forecast."""
     owners: list[list[int]] | None = None
     """Owner of expert e of MoE layer l, as [layer][expert]; default: an even split."""
@@ -93,14 +91,14 @@ class ExpertsConfig(Strict):
 class OptimizerConfig(Strict):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with a linear warm-up and a cosine decay."""
 
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    warmup_steps: int = Field(20, ge=0)
-    final_lr_ratio: float = Field(0.1, ge=0, le=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    warmup_steps: int = Field(default=20, ge=0)
+    final_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the last step, as a share of `lr`."""
-    clip_norm: float | None = Field(1.0, gt=0)
+    clip_norm: float | None = Field(default=1.0, gt=0)
     """Global gradient norm, over all workers and with each expert counted once, above which gradients are scaled down."""
 
 
@@ -110,23 +108,23 @@ class TrainConfig(Strict):
     tokenizer: TokenizerConfig = TokenizerConfig()
     experts: ExpertsConfig = ExpertsConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    workers: int = Field(2, ge=1)
+    workers: int = Field(default=2, ge=1)
     """`ExpertWorker` actors, one a device."""
-    worker_cpus: float = Field(1, gt=0)
+    worker_cpus: float = Field(default=1, gt=0)
     """CPUs a worker reserves; it computes with as many threads."""
-    worker_gpus: float = Field(0, ge=0)
+    worker_gpus: float = Field(default=0, ge=0)
     """GPUs a worker reserves."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of the workers, e.g. RAYMOE_KERNELS."""
-    steps: int = Field(200, ge=1)
-    batch: int = Field(16, ge=1)
+    steps: int = Field(default=200, ge=1)
+    batch: int = Field(default=16, ge=1)
     """Sequences a step, over all workers together: the same whatever their number."""
-    balance_loss: float | None = Field(None, ge=0)
+    balance_loss: float | None = Field(default=None, ge=0)
     """Weight of the load-balance loss; default: the model configuration's `router_aux_loss_coef`."""
     seed: int = 0
     output: Path = Path("runs/train")
     """Where the checkpoint, the routing trace and the report go."""
-    worker_timeout_s: float = Field(120, gt=0)
+    worker_timeout_s: float = Field(default=120, gt=0)
     """How long a collective or the placement of the workers may take before the run fails."""
 
     @model_validator(mode="after")
@@ -146,29 +144,29 @@ class ServeConfig(Strict):
     expert_memory: str | int = "50%"
     """Budget of the expert cache: a share of all experts ("50%") or bytes ("512MiB", 536870912)."""
     dtype: Dtype = "float32"
-    engines: int = Field(1, ge=1)
+    engines: int = Field(default=1, ge=1)
     """`Engine` replicas."""
-    max_batch_tokens: int = Field(512, ge=16)
+    max_batch_tokens: int = Field(default=512, ge=16)
     """Tokens a forward pass may hold, prompts included."""
-    kv_tokens: int = Field(16384, ge=256)
+    kv_tokens: int = Field(default=16384, ge=256)
     """Tokens the paged KV cache holds, over all requests."""
-    max_tokens: int = Field(1024, ge=1)
+    max_tokens: int = Field(default=1024, ge=1)
     """Most tokens one answer may have."""
-    max_prompt_tokens: int = Field(4096, ge=1)
+    max_prompt_tokens: int = Field(default=4096, ge=1)
     """Longest prompt that is taken."""
-    max_ongoing_requests: int = Field(256, ge=1)
+    max_ongoing_requests: int = Field(default=256, ge=1)
     """Requests a replica works on at once; further ones wait in the queue."""
-    max_queued_requests: int = Field(512, ge=1)
+    max_queued_requests: int = Field(default=512, ge=1)
     """Requests that may wait; further ones are answered 503."""
-    num_cpus: float = Field(1, gt=0)
+    num_cpus: float = Field(default=1, gt=0)
     """CPUs an `Engine` reserves; it computes with as many threads."""
-    num_gpus: float = Field(0, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
     """GPUs an `Engine` reserves; above 0 the model and the expert cache are on the GPU."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of the `Engine` processes, e.g. RAYMOE_KERNELS."""
     host: str = "127.0.0.1"
     """Address the HTTP proxy binds to (`raymoe serve`; with `serve run` and YAML it is Serve's own `http_options`)."""
-    port: int = Field(8000, ge=0, le=65535)
+    port: int = Field(default=8000, ge=0, le=65535)
     """Port of the HTTP proxy."""
 
     @field_validator("model")

@@ -62,10 +62,10 @@ def demo_config(data: str, steps: int, output: Path) -> TrainConfig:
         TrainConfig,
         {
             "model": {"config": _MODEL},
-            "data": {"source": data, "sequence_length": 128, "held_out": 0.02},
+            "data": {"source": data, "sequence_length": 128, "held_out": 0.05},
             "tokenizer": {"vocab_size": 4096},
             "workers": 2,
-            "batch": 16,
+            "batch": 8,
             "steps": steps,
             "optimizer": {"lr": 2e-3, "warmup_steps": min(20, steps)},
             "output": output,

@@ -101,8 +101,9 @@ def run_training(config: TrainConfig, console: Console, dashboard_url: str = "")
 def _evaluate(config: TrainConfig, checkpoint: Path, text: PreparedText) -> EvalResult:
     """Held-out loss of the checkpoint as plain transformers opens it: what was saved is what is measured."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=DTYPES[config.model.dtype], local_files_only=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return evaluate(model.to(device), text.held_out, config.data.sequence_length, _EVALUATION_BATCH, device)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)  # pyright: ignore[reportArgumentType]  (transformers wraps nn.Module.to)
+    return evaluate(model, text.held_out, config.data.sequence_length, _EVALUATION_BATCH, torch.device(device))
 
 
 def scores(outcome: TrainingOutcome) -> list[Score]:

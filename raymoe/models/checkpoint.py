@@ -153,6 +153,6 @@ def _rebuild_buffers(model: PreTrainedModel, device: torch.device | str) -> None
         if not lost:
             continue
         for name in lost:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+            module._buffers[name] = torch.empty_like(module.get_buffer(name), device=device)
         with torch.no_grad():
             model._init_weights(module)

@@ -29,8 +29,7 @@ def attach_runtime(model: PreTrainedModel, runtime: ExpertsRuntime) -> list[MoEL
     layers = moe_layers(model)
     model.set_experts_implementation(_IMPLEMENTATION)
     for layer in layers:
-        layer.experts._raymoe_layer = layer
-        layer.experts._raymoe_runtime = runtime
+        layer.experts.__dict__ |= {"_raymoe_layer": layer, "_raymoe_runtime": runtime}
     return layers
 
 
@@ -47,7 +46,7 @@ def _experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor
         return runtime(self._raymoe_layer, hidden_states, top_k_index, top_k_weights)
     spec = self.__dict__.get("_raymoe_spec")
     if spec is None:
-        spec = self._raymoe_spec = spec_of(self)
+        spec = self.__dict__["_raymoe_spec"] = spec_of(self)
     gate_up, down, biases = select_weights(spec, dict(self.named_parameters(recurse=False)))
     return moe_mlp(hidden_states, gate_up, down, top_k_index, top_k_weights, spec=spec, biases=biases)
 

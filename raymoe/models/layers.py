@@ -5,7 +5,8 @@ E experts, K choices per token, S routed rows, H hidden size, I expert width.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
             continue
         mlp = model.get_submodule(name.rpartition(".")[0])
         router = _router_of(mlp, name)
-        block_path = re.match(r".*?\.\d+(?=\.)", name)[0]
+        block_path = _block_path(name)
         found.append(
             MoELayer(
                 index=len(found),
@@ -87,24 +88,21 @@ def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     return found
 
 
-def spec_of(experts: nn.Module) -> ExpertSpec:
+def spec_of(experts: Any) -> ExpertSpec:
     """What `raymoe.kernels` must know of a transformers experts module: its interface flags and its gate."""
-    flags = {"is_gated": experts.has_gate, "is_transposed": experts.is_transposed}
     post_norm = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
+    spec = ExpertSpec(is_gated=experts.has_gate, is_transposed=experts.is_transposed, post_norm=post_norm)
     if type(experts)._apply_gate is _default_apply_gate or not experts.has_gate:
         activation = _ACTIVATIONS.get(type(experts.act_fn))
         if activation is not None:
             # the default gate chunks in two whatever is_concatenated says
-            return ExpertSpec(activation=activation, post_norm=post_norm, **flags)
+            return replace(spec, activation=activation)
         if not experts.has_gate:
-            return ExpertSpec(gate_fn=experts.act_fn, post_norm=post_norm, **flags)
-    clamped = _clamped_gate(experts, flags)
-    if clamped is not None and post_norm is None:
-        return clamped
-    return ExpertSpec(gate_fn=experts._apply_gate, post_norm=post_norm, **flags)
+            return replace(spec, gate_fn=experts.act_fn)
+    return _clamped_gate(experts, spec) or replace(spec, gate_fn=experts._apply_gate)
 
 
-def _clamped_gate(experts: nn.Module, flags: dict[str, bool]) -> ExpertSpec | None:
+def _clamped_gate(experts: Any, spec: ExpertSpec) -> ExpertSpec | None:
     """The gpt-oss gate as numbers, if the family's own `_apply_gate` computes just that (probed on random rows)."""
     limit, alpha = getattr(experts, "limit", None), getattr(experts, "alpha", None)
     if limit is None or alpha is None or experts.is_concatenated:
@@ -113,7 +111,7 @@ def _clamped_gate(experts: nn.Module, flags: dict[str, bool]) -> ExpertSpec | No
     gate, up = rows[:, ::2].clamp(max=limit), rows[:, 1::2].clamp(-limit, limit)
     if not torch.allclose(experts._apply_gate(rows), (up + 1) * gate * torch.sigmoid(alpha * gate), rtol=1e-12, atol=0):
         return None
-    return ExpertSpec(is_interleaved=True, gate_limit=float(limit), gate_alpha=float(alpha), up_offset=1.0, **flags)
+    return replace(spec, is_interleaved=True, gate_limit=float(limit), gate_alpha=float(alpha), up_offset=1.0)
 
 
 def weights_of(layer: MoELayer, views: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
@@ -128,6 +126,13 @@ def select_weights(
     up = "gate_up_proj" if spec.is_gated else "up_proj"
     biases = (parameters[f"{up}_bias"], parameters["down_proj_bias"]) if "down_proj_bias" in parameters else None
     return parameters[up], parameters["down_proj"], biases
+
+
+def _block_path(name: str) -> str:
+    """`model.layers.3` of `model.layers.3.mlp.experts`."""
+    match = re.match(r".*?\.\d+(?=\.)", name)
+    assert match is not None, f"{name} lies in no numbered block"
+    return match[0]
 
 
 def _router_of(mlp: nn.Module, name: str) -> nn.Module:

@@ -8,7 +8,7 @@ T tokens here, M tokens received, K choices per token, E experts, H hidden size.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,13 +25,13 @@ from raymoe.training.world import World
 
 @dataclass
 class _LayerStep:
-    """One layer in the step under way."""
+    """One layer in the step under way; the last three are there once its block has started."""
 
     transfers: Transfers
     dispatch: DispatchTable
-    gather: Pending | None = None
-    slots: Tensor | None = None
-    block_started_ns: int = 0
+    gather: Pending = field(init=False)
+    slots: Tensor = field(init=False)
+    block_started_ns: int = field(init=False)
 
 
 class SparseExperts:

@@ -67,8 +67,9 @@ def prepare_text(config: TrainConfig, folder: Path) -> PreparedText:
     data = config.data
     documents = read_documents(data.source, text_field=data.text_field)
     train_documents, held_out_documents = split_documents(documents, data.held_out, config.seed)
-    if config.tokenizer.path or config.model.path:
-        tokenizer = load_tokenizer(config.tokenizer.path or config.model.path)
+    tokenizer_path = config.tokenizer.path or config.model.path
+    if tokenizer_path is not None:
+        tokenizer = load_tokenizer(tokenizer_path)
     else:
         tokenizer = train_tokenizer((document.text for document in train_documents), config.tokenizer.vocab_size)
     train = pack(train_documents, tokenizer, data.sequence_length)

@@ -62,12 +62,17 @@ class ExpertShard:
         """(gate_up, down, biases) over all slots; their gradients land in `gradient`."""
         return weights_of(self.layer, self.leaves)
 
+    @property
+    def owned_gradient(self) -> Tensor:
+        """[N, numel], a view."""
+        return self.gradient[: len(self.owned)]
+
     def zero_gradient(self) -> None:
         self.gradient.zero_()
 
     def publish_gradient(self) -> None:
         """Shows the optimizer the gradient of the owned experts."""
-        self.parameter.grad = self.gradient[: len(self.owned)]
+        self.parameter.grad = self.owned_gradient
 
     def _bind(self) -> None:
         self.gradient = torch.zeros_like(self.pool)

@@ -41,8 +41,14 @@ def join_world(init_method: str, rank: int, size: int, timeout_s: float, device:
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size, timeout=timeout)
-    experts, tokens, dense = (dist.new_group(timeout=timeout) for _ in range(3))
+    experts, tokens, dense = (_new_group(timeout) for _ in range(3))
     return World(rank, size, device, experts, tokens, dense)
+
+
+def _new_group(timeout: timedelta) -> dist.ProcessGroup:
+    group = dist.new_group(timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup), "every rank is in every group"
+    return group
 
 
 def leave_world() -> None:
