@@ -1,0 +1,68 @@
+"""Which resident expert gives up its slot when another one is wanted."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+Key = tuple[int, int]
+"""(MoE layer, expert)."""
+
+
+class EvictionPolicy(Protocol):
+    """Told what the cache does, and asked for victims. Called under the cache's lock: it must be quick and never block."""
+
+    name: str
+
+    def used(self, layer: int, experts: Iterable[int]) -> None:
+        """These residents are about to be computed with, or have just been fetched for it."""
+
+    def dropped(self, layer: int, expert: int) -> None:
+        """This expert is no longer resident."""
+
+    def victim(self, layer: int, is_free: Callable[[Key], bool]) -> Key | None:
+        """A resident for which `is_free` holds, to make room for an expert of `layer`; None if there is none."""
+
+
+class LeastRecentlyUsed:
+    """Least recently used first, among the layers that hold more than their even share of the slots.
+
+    A decode step visits the layers in a cycle, so what was used longest ago over all layers is just what comes next: a plain
+    global order misses nearly always as soon as one step needs more experts than there are slots. Slots stay shared: a layer
+    keeps more than its share until a layer below its own asks.
+    """
+
+    name = "lru"
+
+    def __init__(self, num_layers: int, num_slots: int):
+        self._share = [num_slots // num_layers + (layer < num_slots % num_layers) for layer in range(num_layers)]
+        self._tick = 0
+        self._last_use: list[OrderedDict[int, int]] = [OrderedDict() for _ in range(num_layers)]
+
+    def used(self, layer: int, experts: Iterable[int]) -> None:
+        self._tick += 1
+        order = self._last_use[layer]
+        for expert in experts:
+            order[expert] = self._tick
+            order.move_to_end(expert)
+
+    def dropped(self, layer: int, expert: int) -> None:
+        self._last_use[layer].pop(expert, None)
+
+    def victim(self, layer: int, is_free: Callable[[Key], bool]) -> Key | None:
+        if not self._last_use[layer]:
+            return self._oldest(range(len(self._last_use)), is_free)
+        # the asking layer is about to hold one more; when its own slots are all in use it waits for them, and leaves the others'
+        above = [i for i, order in enumerate(self._last_use) if len(order) + (i == layer) > self._share[i]]
+        return self._oldest(above, is_free)
+
+    def _oldest(self, layers: Iterable[int], is_free: Callable[[Key], bool]) -> Key | None:
+        found: Key | None = None
+        oldest = self._tick + 1
+        for layer in layers:
+            for expert, tick in self._last_use[layer].items():
+                if tick >= oldest:
+                    break
+                if is_free((layer, expert)):
+                    found, oldest = (layer, expert), tick
+                    break
+        return found

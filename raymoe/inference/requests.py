@@ -1,0 +1,76 @@
+"""What goes into an engine and what comes out of it: plain data, without torch, for whoever only talks to one."""
+
+import math
+import secrets
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+_MAX_SEED = (1 << 64) - 1
+
+
+class EngineError(RuntimeError):
+    """The engine cannot generate any more; every request has been told, and it must be made anew."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a request got since its last delta."""
+
+    tokens: list[int]
+    """A stop token is the last of them."""
+    finish_reason: FinishReason | None = None
+    """None: more will come. Exactly one delta of a request has a reason, and it is the last."""
+    error: str | None = None
+
+
+def _fresh_seed() -> int:
+    return secrets.randbits(63)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What one request asks for.
+
+    Raises:
+        ValueError: a value out of range; names it.
+    """
+
+    max_tokens: int = 16
+    """Most tokens to generate, at least 1."""
+    temperature: float = 1.0
+    """0 is greedy; up to 2 as in OpenAI's API."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that together have this probability, in (0, 1]."""
+    top_k: int = 0
+    """Draw among that many likeliest tokens; 0: all of them."""
+    seed: int = field(default_factory=_fresh_seed)
+    """The same prompt, parameters and seed give the same tokens, whatever the batch around them; any 64-bit number."""
+    stop_token_ids: tuple[int, ...] | None = None
+    """Generation ends with the first of these; None: the model's own end tokens, (): none."""
+
+    def __post_init__(self):
+        _check_int("max_tokens", self.max_tokens, 1, None)
+        _check_int("top_k", self.top_k, 0, None)
+        _check_int("seed", self.seed, -(1 << 63), _MAX_SEED)
+        _check_float("temperature", self.temperature, 0.0 <= self.temperature <= 2.0, "from 0 to 2")
+        _check_float("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0, up to 1")
+        for token in self.stop_token_ids or ():
+            _check_int("stop_token_ids", token, 0, None)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0 or self.top_k == 1
+
+
+def _check_int(name: str, value: int, low: int, high: int | None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} must be an integer {bounds}, got {value!r}")
+
+
+def _check_float(name: str, value: float, is_inside: bool, bounds: str) -> None:
+    # NaN compares false with everything
+    if not is_inside or not math.isfinite(value):
+        raise ValueError(f"{name} must be a number {bounds}, got {value!r}")

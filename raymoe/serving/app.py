@@ -1,0 +1,37 @@
+"""The application that `serve run raymoe.serving:build_app`, a Serve YAML and `raymoe serve` all start."""
+
+from ray.serve import Application
+
+from raymoe.config import ServeConfig
+from raymoe.serving.engine import Engine
+from raymoe.serving.gateway import Gateway
+
+_IDLE_CHECK_S = 0.2
+_LAST_ANSWERS_S = 10.0
+"""How long a replica that is taken down may go on with the requests it has."""
+
+
+def build_app(args: ServeConfig) -> Application:
+    """Builds the Serve application: one `Gateway` in front of `engines` replicas of `Engine`."""
+    engine = Engine.options(
+        num_replicas=args.engines,
+        max_ongoing_requests=args.max_ongoing_requests,
+        max_queued_requests=args.max_queued_requests,
+        # a checkpoint or a budget that does not work now will not at the next attempt either
+        max_constructor_retry_count=1,
+        ray_actor_options={
+            "num_cpus": args.num_cpus,
+            "num_gpus": args.num_gpus,
+            "runtime_env": {"env_vars": args.env},
+        },
+        graceful_shutdown_wait_loop_s=_IDLE_CHECK_S,
+        graceful_shutdown_timeout_s=_LAST_ANSWERS_S,
+    )
+    gateway = Gateway.options(
+        # never the bottleneck: what waits, waits for an engine, where a full queue is answered in the API's own words
+        max_ongoing_requests=args.engines * args.max_ongoing_requests + args.max_queued_requests + 64,
+        ray_actor_options={"num_cpus": 0.1},
+        graceful_shutdown_wait_loop_s=_IDLE_CHECK_S,
+        graceful_shutdown_timeout_s=_LAST_ANSWERS_S,
+    )
+    return gateway.bind(args, engine.bind(args))

@@ -1,0 +1,97 @@
+"""The `Engine` deployment: an `InferenceEngine` behind a Serve handle."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from ray import serve
+
+from raymoe import env
+from raymoe.config import ServeConfig
+from raymoe.inference import Delta, EngineError, SamplingParams
+from raymoe.serving.answers import Event
+
+
+@serve.deployment(name="Engine")
+class Engine:
+    """One device's engine. Built by `raymoe.serving.build_app`, which sets its size."""
+
+    def __init__(self, config: ServeConfig):
+        # not at the top: whoever builds the application (`serve run`) must not wait for torch
+        import torch
+
+        from raymoe.actors.metrics import export_metrics
+        from raymoe.inference import InferenceEngine
+
+        logging.getLogger("raymoe").setLevel(env.log_level())
+        torch.set_num_threads(max(1, int(config.num_cpus)))
+        export_metrics()
+        self._max_tokens = config.max_tokens
+        self._engine = InferenceEngine(
+            config.model,
+            expert_memory=config.expert_memory,
+            dtype=config.dtype,
+            device="cuda" if config.num_gpus else "cpu",
+            max_batch_tokens=config.max_batch_tokens,
+            kv_tokens=config.kv_tokens,
+            max_requests=config.max_ongoing_requests,
+        )
+
+    async def generate(
+        self, prompt_ids: list[int], params: dict[str, Any], in_steps: bool = True
+    ) -> AsyncGenerator[Event, None]:
+        """Runs one request; closing the generator cancels it.
+
+        Args:
+            params: of `SamplingParams`; `max_tokens` None: as many as there is room for, up to the server's limit.
+            in_steps: tell of tokens as they come, not only at the end: each telling costs the handle a millisecond.
+        """
+        loop = asyncio.get_running_loop()
+        inbox: asyncio.Queue[Delta] = asyncio.Queue()
+
+        def on_delta(delta: Delta) -> None:
+            loop.call_soon_threadsafe(inbox.put_nowait, delta)
+
+        if params["max_tokens"] is None:
+            room = self._engine.room(len(prompt_ids))
+            params = params | {"max_tokens": max(1, min(self._max_tokens, room))}
+        try:
+            request_id = self._engine.submit(prompt_ids, SamplingParams(**params), on_delta)
+        except ValueError as error:
+            yield Event([], refusal=str(error))
+            return
+        except EngineError as error:
+            yield Event([], error=str(error))
+            return
+        try:
+            yield Event([])
+            tokens: list[int] = []
+            while True:
+                delta = await inbox.get()
+                tokens += delta.tokens
+                is_last = delta.finish_reason is not None
+                # a consumer that is slower than the steps gets several at once
+                if is_last or (in_steps and inbox.empty()):
+                    yield Event(tokens, delta.finish_reason, error=delta.error)
+                    tokens = []
+                if is_last:
+                    return
+        finally:
+            self._engine.cancel(request_id)
+
+    def status(self, history: bool = False) -> dict[str, Any]:
+        """`InferenceEngine.stats`, with its `history` if asked for."""
+        stats = self._engine.stats()
+        return stats | {"history": self._engine.history()} if history else stats
+
+    def check_health(self) -> None:
+        """Serve replaces a replica for which this raises."""
+        if not self._engine.is_alive:
+            raise EngineError("the generation thread has ended")
+
+    def __del__(self):
+        # Serve calls this when it takes the replica down
+        engine = getattr(self, "_engine", None)
+        if engine is not None:
+            engine.close()

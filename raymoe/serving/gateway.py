@@ -1,0 +1,67 @@
+"""The `Gateway` deployment: HTTP on one side, handles of `Engine` replicas on the other."""
+
+import logging
+from collections.abc import AsyncGenerator
+from typing import Any, cast
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from raymoe import env
+from raymoe.config import ServeConfig
+from raymoe.serving.answers import Answering, Event
+from raymoe.serving.openai_api import unavailable
+from raymoe.serving.routes import create_api
+
+_STATUS_TIMEOUT_S = 5.0
+
+
+@serve.deployment(name="Gateway")
+@serve.ingress()
+class Gateway:
+    """Tokenises, applies the chat template, and turns tokens back into text; holds the client's stream."""
+
+    def __init__(self, config: ServeConfig, engine: DeploymentHandle):
+        # not at the top: whoever builds the application (`serve run`) must not wait for it
+        from transformers import AutoTokenizer
+
+        logging.getLogger("raymoe").setLevel(env.log_level())
+        tokenizer = AutoTokenizer.from_pretrained(config.model, local_files_only=True)
+        self._answering = Answering(config, tokenizer, HandleClient(engine))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_api(self._answering)
+
+
+class HandleClient:
+    """The `EngineClient` over a Serve handle."""
+
+    def __init__(self, handle: DeploymentHandle):
+        self._handle = handle
+        self._generate = handle.options(method_name="generate", stream=True)
+
+    async def generate(
+        self, prompt_ids: list[int], params: dict[str, Any], in_steps: bool
+    ) -> AsyncGenerator[Event, None]:
+        response = cast(DeploymentResponseGenerator, self._generate.remote(prompt_ids, params, in_steps))
+        try:
+            async for event in response:
+                yield event
+        except BackPressureError:
+            raise unavailable("too many requests are waiting for an engine; try again later") from None
+        except (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError) as error:
+            raise unavailable(f"no engine could answer: {type(error).__name__}") from None
+        finally:
+            response.cancel()
+
+    async def status(self, history: bool = False) -> list[dict[str, Any]]:
+        try:
+            # asks every replica, and is not queued behind requests
+            response = self._handle.broadcast("status", history)
+            answers = await response.results_async(timeout_s=_STATUS_TIMEOUT_S, return_exceptions=True)
+        except (TimeoutError, DeploymentUnavailableError):
+            return []
+        return [answer for answer in answers if isinstance(answer, dict)]

@@ -1,0 +1,300 @@
+"""OpenAI's wire format: the requests we take, the errors and answers we give. Plain data, no server.
+
+Strict at the door: an unknown argument, a wrong type, or one that we do not support yet is an error, never ignored.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+
+_MAX_STOPS = 4
+
+
+class ApiError(Exception):
+    """What a client gets as {"error": {message, type, param, code}}."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        kind: str = "invalid_request_error",
+    ):
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def unavailable(message: str) -> ApiError:
+    """503: the same request may succeed later."""
+    return ApiError(message, status=503, kind="service_unavailable_error", code="unavailable")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+def _prompt(value: Any) -> str | list[int]:
+    prompt = value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list) else value
+    if isinstance(prompt, str) and prompt:
+        return prompt
+    if isinstance(prompt, list) and prompt and all(type(token) is int and token >= 0 for token in prompt):
+        return prompt
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(one, str | list) for one in value):
+        raise ValueError(f"raymoe takes one prompt a request, got {len(value)}; send each on its own")
+    raise ValueError("give one text that is not empty, or its token ids")
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    stops = value if isinstance(value, list) else [value]
+    if len(stops) > _MAX_STOPS or not all(isinstance(stop, str) and stop for stop in stops):
+        raise ValueError(f"give one text or a list of up to {_MAX_STOPS}, none of them empty")
+    return tuple(stops)
+
+
+def _content(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise ValueError("give a text, or a list of parts {'type': 'text', 'text': ...}")
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise ValueError(f"raymoe takes parts {{'type': 'text', 'text': ...}} only, got {kind!r}")
+    return "".join(part["text"] for part in value)
+
+
+class StreamOptions(_Part):
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+    """Accepted for the clients that send it; nothing is padded."""
+
+
+class _Request(_Part):
+    """What both endpoints share."""
+
+    # arguments of OpenAI's API that we do not support yet, and the values of them that ask for nothing
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "presence_penalty": (0,),
+        "frequency_penalty": (0,),
+        "logit_bias": ({},),
+    }
+
+    model: str
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    """Not OpenAI's: 0 or left out draws among all tokens."""
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    user: str | None = None
+    """Accepted and not used."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, values: dict[str, Any]) -> dict[str, Any]:
+        # null is how clients spell "left out"
+        kept = {name: value for name, value in values.items() if value is not None}
+        for name, neutral in cls.neutral.items():
+            if name in kept and kept.pop(name) not in neutral:
+                raise ApiError(f"'{name}' is not supported by raymoe yet; leave it out", param=name, code="unsupported")
+        return kept
+
+    @model_validator(mode="after")
+    def _streams(self) -> "_Request":
+        if self.stream_options is not None and not self.stream:
+            raise ApiError("'stream_options' is only allowed when 'stream' is true", param="stream_options")
+        return self
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self, max_tokens: int | None) -> dict[str, Any]:
+        """Keyword arguments of `raymoe.inference.SamplingParams`; no `max_tokens`: what there is room for."""
+        asked = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "seed": self.seed,
+        }
+        return {"max_tokens": max_tokens, **{name: value for name, value in asked.items() if value is not None}}
+
+
+class CompletionRequest(_Request):
+    """POST /v1/completions. One prompt a request: a string, or its token ids."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = _Request.neutral | {
+        "echo": (False,),
+        "best_of": (1,),
+        "logprobs": (),
+        "suffix": ("",),
+    }
+
+    prompt: Annotated[str | list[int], PlainValidator(_prompt)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+
+
+class Message(_Part):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str, PlainValidator(_content)]
+    """Parts of a list are joined: chat templates know a message's content as one text."""
+    name: str | None = None
+
+
+class ChatRequest(_Request):
+    """POST /v1/chat/completions."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = _Request.neutral | {
+        "logprobs": (False,),
+        "top_logprobs": (0,),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (True, False),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "audio": (),
+        "prediction": (),
+        "web_search_options": (),
+        "store": (False,),
+    }
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> "ChatRequest":
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ApiError(
+                "'max_tokens' and 'max_completion_tokens' differ; give 'max_completion_tokens' only", param="max_tokens"
+            )
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+RequestT = TypeVar("RequestT", bound=_Request)
+
+
+def parse_request(cls: type[RequestT], body: bytes) -> RequestT:
+    """Reads a request body.
+
+    Raises:
+        ApiError: 400, with the argument's name in `param`.
+    """
+    try:
+        values = json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(f"the request body is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ApiError("the request body must be a JSON object")
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise _describe(error) from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _describe(error: ValidationError) -> ApiError:
+    """The first thing that is wrong, in OpenAI's words where it has some."""
+    items = error.errors()
+    for item in items:
+        if item["type"] == "extra_forbidden":
+            return ApiError(f"Unrecognized request argument supplied: {_path(item['loc'])}")
+    item = items[0]
+    name = _path(item["loc"][:1])
+    if item["type"] == "missing" and len(item["loc"]) == 1:
+        return ApiError(f"you must provide a {name} parameter", param=name, code="missing_required_parameter")
+    if name == "n":
+        return ApiError(
+            "'n' must be 1: raymoe gives one choice a request; send the request n times", param="n", code="unsupported"
+        )
+    path, message = _path(item["loc"]), item["msg"].removeprefix("Value error, ")
+    return ApiError(f"Invalid value for '{path}': {message}", param=path, code="invalid_value")
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    """`messages[0].content`"""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
+
+
+@dataclass
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int = 0
+
+    def as_json(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+
+class CompletionAnswer:
+    """Builds the bodies of one answer of /v1/completions."""
+
+    prefix = "cmpl"
+    whole_object = "text_completion"
+    chunk_object = "text_completion"
+
+    def __init__(self, request_id: str, model: str):
+        self._head = {"id": f"{self.prefix}-{request_id}", "created": int(time.time()), "model": model}
+
+    def opening(self) -> dict[str, Any] | None:
+        """The chunk before the first text, if the endpoint has one."""
+        return None
+
+    def whole(self, text: str, finish_reason: str, usage: Usage) -> dict[str, Any]:
+        choice = {"index": 0, **self._text(text), "logprobs": None, "finish_reason": finish_reason}
+        return {**self._head, "object": self.whole_object, "choices": [choice], "usage": usage.as_json()}
+
+    def chunk(self, text: str, finish_reason: str | None) -> dict[str, Any]:
+        return self._chunk(self._delta(text), finish_reason)
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        """The last chunk, for those who asked with stream_options.include_usage."""
+        return {**self._head, "object": self.chunk_object, "choices": [], "usage": usage.as_json()}
+
+    def _chunk(self, content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
+        return {**self._head, "object": self.chunk_object, "choices": [choice]}
+
+    def _text(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def _delta(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+
+class ChatAnswer(CompletionAnswer):
+    """Builds the bodies of one answer of /v1/chat/completions."""
+
+    prefix = "chatcmpl"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def opening(self) -> dict[str, Any]:
+        return self._chunk({"delta": {"role": "assistant", "content": ""}}, None)
+
+    def _text(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _delta(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text} if text else {}}

@@ -1,0 +1,142 @@
+"""The HTTP routes: OpenAI's, /health, and raymoe's own status."""
+
+import json
+import logging
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from raymoe.serving.answers import Answer, Answering
+from raymoe.serving.openai_api import (
+    ApiError,
+    ChatAnswer,
+    ChatRequest,
+    CompletionAnswer,
+    CompletionRequest,
+    parse_request,
+)
+
+MAX_BODY_BYTES = 8 << 20
+
+logger = logging.getLogger("raymoe.serving")
+
+
+def create_api(answering: Answering) -> FastAPI:
+    """The ASGI application; what it does is in `Answering`."""
+    api = FastAPI(title="raymoe", description="OpenAI's API over a Mixture-of-Experts model", redoc_url=None)
+    api.exception_handler(ApiError)(_api_error)
+    api.exception_handler(HTTPException)(_http_error)
+    api.exception_handler(Exception)(_internal_error)
+    model = {"id": answering.model, "object": "model", "created": 0, "owned_by": "raymoe"}
+
+    @api.post("/v1/completions", openapi_extra=_body(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        asked = parse_request(CompletionRequest, await _read_body(request))
+        return await _respond(answering, asked, CompletionAnswer)
+
+    @api.post("/v1/chat/completions", openapi_extra=_body(ChatRequest))
+    async def chat_completions(request: Request) -> Response:
+        asked = parse_request(ChatRequest, await _read_body(request))
+        return await _respond(answering, asked, ChatAnswer)
+
+    @api.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model]}
+
+    @api.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        if name != answering.model:
+            raise ApiError(f"The model '{name}' does not exist", status=404, param="model", code="model_not_found")
+        return model
+
+    @api.get("/health")
+    async def health() -> Response:
+        engines = await answering.engine.status()
+        alive = sum(engine["is_alive"] for engine in engines)
+        is_ok = alive > 0
+        return JSONResponse(
+            {"status": "ok" if is_ok else "unavailable", "engines": alive}, status_code=200 if is_ok else 503
+        )
+
+    @api.get("/v1/raymoe/status")
+    async def status(history: bool = False) -> dict[str, Any]:
+        """Every engine's facts and counters; `history=true` adds the cache's seconds, for a plot."""
+        return {"model": answering.model, "engines": await answering.engine.status(history=history)}
+
+    return api
+
+
+async def _respond(
+    answering: Answering, asked: CompletionRequest | ChatRequest, kind: type[CompletionAnswer]
+) -> Response:
+    answer = await answering.start(asked)
+    form = kind(uuid.uuid4().hex, answering.model)
+    if asked.stream:
+        return StreamingResponse(
+            _stream(answer, form, asked.wants_usage),
+            media_type="text/event-stream",
+            # proxies on the way must not gather the events
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+    try:
+        text, finish_reason = await answer.whole()
+    finally:
+        await answer.close()
+    return JSONResponse(form.whole(text, finish_reason, answer.usage))
+
+
+async def _stream(answer: Answer, form: CompletionAnswer, wants_usage: bool) -> AsyncIterator[str]:
+    try:
+        opening = form.opening()
+        if opening is not None:
+            yield _event(opening)
+        async for piece in answer.pieces():
+            if piece.text:
+                yield _event(form.chunk(piece.text, None))
+            if piece.finish_reason is not None:
+                yield _event(form.chunk("", piece.finish_reason))
+        if wants_usage:
+            yield _event(form.usage_chunk(answer.usage))
+    except ApiError as error:
+        # the status line is out already
+        yield _event(error.body)
+    finally:
+        await answer.close()
+    yield "data: [DONE]\n\n"
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+
+async def _read_body(request: Request) -> bytes:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY_BYTES:
+            raise ApiError(f"the request body is larger than {MAX_BODY_BYTES} bytes", status=413)
+    return bytes(body)
+
+
+def _body(schema: type[CompletionRequest | ChatRequest]) -> dict[str, Any]:
+    content = {"application/json": {"schema": schema.model_json_schema(mode="serialization")}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+async def _api_error(request: Request, error: ApiError) -> Response:
+    return JSONResponse(error.body, status_code=error.status)
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    found = ApiError(f"{error.detail}: {request.method} {request.url.path}", status=error.status_code)
+    return JSONResponse(found.body, status_code=found.status, headers=error.headers)
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    found = ApiError("internal error; the server's log has the details", status=500, kind="server_error")
+    return JSONResponse(found.body, status_code=found.status)

@@ -1,0 +1,207 @@
+"""The cache against a source whose experts say who they are."""
+
+import random
+import re
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raymoe.inference import ExpertCache
+from raymoe.inference.cache import slots_for
+
+LAYERS, EXPERTS, NUMEL = 3, 6, 16
+ALL = LAYERS * EXPERTS
+
+
+class NumberedExperts:
+    """Expert e of layer l is full of 100 l + e; keeps count of what was read."""
+
+    def __init__(self, delay_s: float = 0.0):
+        self.reads: list[tuple[int, int]] = []
+        self.delay_s = delay_s
+
+    def read(self, layer, expert, out):
+        self.reads.append((layer, expert))
+        # a slot that is read while it is written would show it
+        out.fill_(-1)
+        time.sleep(self.delay_s)
+        out.fill_(100 * layer + expert)
+        return out.nbytes
+
+
+def make_cache(slots: int, source=None, **options) -> ExpertCache:
+    return ExpertCache(
+        source or NumberedExperts(),
+        numel=[NUMEL] * LAYERS,
+        num_experts=[EXPERTS] * LAYERS,
+        budget=slots * NUMEL * 4,
+        dtype=torch.float32,
+        **options,
+    )
+
+
+def use(cache: ExpertCache, layer: int, experts: list[int]) -> list[int]:
+    """Acquires and checks what every slot holds; returns the experts in the order they came."""
+    seen = []
+    for group, slots in cache.acquire(layer, experts):
+        assert len(set(slots)) == len(group)
+        for expert, slot in zip(group, slots, strict=True):
+            assert (cache.pool[slot] == 100 * layer + expert).all(), (layer, expert)
+        seen += group
+    return seen
+
+
+requests = st.lists(
+    st.tuples(st.integers(0, LAYERS - 1), st.sets(st.integers(0, EXPERTS - 1)).map(sorted)), max_size=40
+)
+
+
+@given(slots=st.integers(1, ALL), calls=requests)
+@settings(deadline=None, max_examples=60)
+def test_every_call_gets_exactly_what_it_asked_for(slots, calls):
+    cache = make_cache(slots)
+    for layer, experts in calls:
+        assert sorted(use(cache, layer, experts)) == experts
+    wanted = sum(len(experts) for _, experts in calls)
+    assert cache.total.hits + cache.total.misses == wanted
+    assert cache.total.fetched_bytes == cache.total.misses * NUMEL * 4
+    assert cache.resident <= slots
+
+
+def test_residents_come_first_and_are_not_read_again():
+    source = NumberedExperts()
+    cache = make_cache(EXPERTS, source)
+    use(cache, 0, [3, 4])
+    assert use(cache, 0, [1, 3, 4]) == [3, 4, 1]
+    assert source.reads == [(0, 3), (0, 4), (0, 1)]
+
+
+def test_with_room_for_all_everything_becomes_resident():
+    source = NumberedExperts()
+    cache = make_cache(ALL, source)
+    for _ in range(3):
+        for layer in range(LAYERS):
+            use(cache, layer, list(range(EXPERTS)))
+    assert len(source.reads) == cache.resident == ALL
+    assert cache.total.hit_rate == pytest.approx(2 / 3)
+
+
+def test_half_the_slots_give_half_the_hits_even_when_every_step_wants_everything():
+    """A plain global LRU would have none: it evicts just what the next layers want."""
+    cache = make_cache(ALL // 2)
+
+    def step() -> int:
+        before = cache.total.hits
+        for layer in range(LAYERS):
+            use(cache, layer, list(range(EXPERTS)))
+        return cache.total.hits - before
+
+    # the first two find the layers' shares
+    assert [step() for _ in range(10)][2:] == [ALL // 2] * 8
+
+
+def test_a_group_in_use_is_not_overwritten():
+    cache = make_cache(2)
+    holding = cache.acquire(0, [0])
+    (slot,) = next(holding)[1]
+    for layer in range(1, LAYERS):
+        use(cache, layer, list(range(EXPERTS)))
+    assert (cache.pool[slot] == 0).all()
+    holding.close()
+
+
+def test_a_closed_iterator_gives_its_slots_back():
+    cache = make_cache(1)
+    groups = cache.acquire(0, [0, 1])
+    next(groups)
+    groups.close()
+    assert use(cache, 1, [5]) == [5]
+
+
+def test_a_failed_read_leaves_the_cache_usable():
+    class FailsOnce(NumberedExperts):
+        def read(self, layer, expert, out):
+            if (layer, expert) == (0, 2) and (0, 2) not in self.reads:
+                self.reads.append((0, 2))
+                raise OSError("disk gone")
+            return super().read(layer, expert, out)
+
+    cache = make_cache(3, FailsOnce())
+    with pytest.raises(OSError, match="disk gone"):
+        use(cache, 0, [1, 2, 3])
+    assert cache.resident == 0
+    assert sorted(use(cache, 0, [1, 2, 3])) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_threads_never_see_a_slot_change_under_them(slots):
+    cache = make_cache(slots, NumberedExperts(delay_s=0.0002))
+    failures = []
+
+    def work(seed):
+        rng = random.Random(seed)
+        try:
+            for _ in range(30):
+                layer = rng.randrange(LAYERS)
+                experts = rng.sample(range(EXPERTS), rng.randrange(1, 4))
+                assert sorted(use(cache, layer, experts)) == sorted(experts)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not failures
+
+
+def test_two_threads_that_want_the_same_expert_read_it_once():
+    source = NumberedExperts(delay_s=0.05)
+    cache = make_cache(4, source)
+    threads = [threading.Thread(target=use, args=(cache, 0, [1])) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert source.reads == [(0, 1)]
+
+
+def test_layers_of_different_size_share_the_slots_of_the_largest():
+    cache = ExpertCache(NumberedExperts(), numel=[8, 16], num_experts=[2, 2], budget="50%", dtype=torch.float32)
+    assert (cache.num_slots, cache.slot_bytes, cache.pool.shape) == (2, 64, (2, 16))
+    for group, slots in cache.acquire(0, [0, 1]):
+        for expert, slot in zip(group, slots, strict=True):
+            assert (cache.pool[slot, :8] == expert).all()
+
+
+def test_history_keeps_one_point_a_window():
+    cache = make_cache(ALL, window_s=0.05)
+    use(cache, 0, [0, 1])
+    time.sleep(0.06)
+    use(cache, 0, [0, 1, 2])
+    first, second = cache.history()
+    assert (first.hits, first.misses, second.hits, second.misses) == (0, 2, 2, 1)
+    assert first.fetched_bytes == 2 * NUMEL * 4
+    assert second.start_s >= 0.05
+
+
+@pytest.mark.parametrize(
+    ("budget", "slots"), [("100%", 10), ("50%", 5), ("49%", 4), (300, 3), ("1KB", 10), ("1GiB", 10)]
+)
+def test_budgets(budget, slots):
+    assert slots_for(budget, num_experts=10, expert_bytes=100) == slots
+
+
+@given(num_experts=st.integers(1, 20_000), expert_bytes=st.integers(2, 10**9))
+def test_a_budget_below_one_expert_names_the_smallest_that_works(num_experts, expert_bytes):
+    with pytest.raises(ValueError, match="less than one expert") as error:
+        slots_for(expert_bytes - 1, num_experts, expert_bytes)
+    smallest, share = re.search(r"works is (\d+) bytes, or ([\d.]+%)", str(error.value)).groups()
+    assert slots_for(smallest, num_experts, expert_bytes) == 1
+    assert slots_for(share, num_experts, expert_bytes) >= 1

@@ -1,0 +1,212 @@
+"""The whole application on Ray Serve, over real HTTP, with OpenAI's own client."""
+
+import asyncio
+import socket
+import time
+
+import httpx
+import openai
+import pytest
+import ray
+import torch
+from ray import serve
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+from transformers import AutoModelForCausalLM
+
+from raymoe.config import ServeConfig
+from raymoe.errors import RunFailed
+from raymoe.serving import build_app, serving
+from raymoe.serving.engine import Engine
+
+PROMPTS = ["def double(x):", "return", "caf\u00e9", "x + x", "\u4f60\u597d", "(x", "Gr", "def"]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def config(model_path) -> ServeConfig:
+    return ServeConfig(
+        model=model_path, expert_memory="50%", max_batch_tokens=64, kv_tokens=2048, max_tokens=200, port=0
+    )
+
+
+@pytest.fixture(scope="module")
+def url(cluster, config):
+    with serving(config) as url:
+        yield url
+    assert not serve.status().proxies
+
+
+@pytest.fixture
+def client(url) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def greedy_text(model_path, tokenizer):
+    """prompt -> the text of transformers' own greedy answer."""
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+
+    def answer(prompt: str, max_tokens: int) -> str:
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        out = model.generate(ids, max_new_tokens=max_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+    return answer
+
+
+def status(url: str) -> dict:
+    (engine,) = httpx.get(f"{url}/v1/raymoe/status").json()["engines"]
+    return engine
+
+
+def wait_until_idle(url: str, timeout_s: float = 10.0) -> dict:
+    deadline_s = time.monotonic() + timeout_s
+    while (found := status(url))["requests_running"]:
+        assert time.monotonic() < deadline_s, "the engine still works on a request that nobody waits for"
+        time.sleep(0.05)
+    return found
+
+
+def test_serve_run_builds_the_application_from_strings(model_path):
+    arguments = {"model": str(model_path), "expert_memory": "25%", "engines": "2"}
+    app = call_user_app_builder_with_args_if_necessary(build_app, arguments)
+    assert app._bound_deployment.name == "Gateway"
+
+
+def test_a_port_that_is_taken_is_refused(config):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused = pytest.raises(RunFailed, match=rf"cannot listen on 127\.0\.0\.1:{port} \(Address already in use\)")
+        with refused, serving(config.model_copy(update={"port": port})):
+            pass
+
+
+def test_what_cannot_start_says_why_and_leaves_nothing(cluster, config):
+    broken = config.model_copy(update={"expert_memory": "1KiB"})
+    with pytest.raises(RunFailed, match=r"^expert_memory: 1KiB .* smallest budget that works"), serving(broken):
+        pass
+    assert not serve.status().proxies
+
+
+def test_one_cluster_serves_once(url, config):
+    with pytest.raises(RunFailed, match="runs Serve already"), serving(config):
+        pass
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+
+
+def test_a_completion_whole_and_streamed(client, greedy_text):
+    asked = {"model": "tiny", "prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0}
+    whole = client.completions.create(**asked)
+    assert whole.choices[0].text == greedy_text(PROMPTS[0], 12)
+    assert whole.usage.completion_tokens <= 12
+    *parts, usage = client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    assert "".join(part.choices[0].text for part in parts) == whole.choices[0].text
+    assert parts[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert usage.usage == whole.usage
+
+
+def test_a_chat_whole_and_streamed(client):
+    asked = {
+        "model": "tiny",
+        "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}],
+        "max_completion_tokens": 12,
+        "seed": 7,
+    }
+    whole = client.chat.completions.create(**asked)
+    parts = list(client.chat.completions.create(**asked, stream=True))
+    assert parts[0].choices[0].delta.role == "assistant"
+    text = "".join(part.choices[0].delta.content or "" for part in parts)
+    assert text == whole.choices[0].message.content
+    assert parts[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_eight_at_once_get_the_same_as_alone(url, greedy_text):
+    async def ask_all() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            asked = {"model": "tiny", "max_tokens": 20, "temperature": 0}
+
+            async def whole(prompt: str) -> str:
+                return (await client.completions.create(**asked, prompt=prompt)).choices[0].text
+
+            async def streamed(prompt: str) -> str:
+                stream = await client.completions.create(**asked, prompt=prompt, stream=True)
+                return "".join([part.choices[0].text async for part in stream])
+
+            # every second one streams
+            jobs = [(streamed if row % 2 else whole)(prompt) for row, prompt in enumerate(PROMPTS)]
+            return await asyncio.gather(*jobs)
+
+    assert asyncio.run(ask_all()) == [greedy_text(prompt, 20) for prompt in PROMPTS]
+
+
+def test_bad_requests_are_openais_errors(client):
+    with pytest.raises(openai.BadRequestError, match="'n' must be 1") as error:
+        client.completions.create(model="tiny", prompt="x", n=2)
+    assert error.value.param == "n"
+    with pytest.raises(openai.BadRequestError, match="Unrecognized request argument supplied: foo"):
+        client.completions.create(model="tiny", prompt="x", extra_body={"foo": 1})
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.completions.create(model="other", prompt="x")
+    # the model's own limit, which only the engine knows, comes before the stream begins
+    with pytest.raises(openai.BadRequestError, match="the model has 256 positions"):
+        client.completions.create(model="tiny", prompt="x " * 100, max_tokens=200, stream=True)
+
+
+def test_a_client_that_leaves_its_stream_frees_the_request(client, url):
+    cancelled = status(url)["requests_cancelled"]
+    stream = client.completions.create(model="tiny", prompt="x", max_tokens=200, temperature=0, stream=True)
+    next(iter(stream))
+    stream.close()
+    assert wait_until_idle(url)["requests_cancelled"] == cancelled + 1
+
+
+def test_clients_that_do_not_wait_free_their_requests(url):
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 200, "temperature": 0}
+    cancelled = status(url)["requests_cancelled"]
+
+    async def ask_and_leave() -> None:
+        async with httpx.AsyncClient(timeout=60) as client:
+            jobs = [asyncio.create_task(client.post(f"{url}/v1/completions", json=body)) for _ in range(4)]
+            while (await client.get(f"{url}/v1/raymoe/status")).json()["engines"][0]["requests_running"] != 4:
+                assert not any(job.done() for job in jobs)
+            for job in jobs:
+                job.cancel()
+
+    asyncio.run(ask_and_leave())
+    assert wait_until_idle(url)["requests_cancelled"] == cancelled + 4
+
+
+def test_health_and_status(url, config):
+    assert httpx.get(f"{url}/health").json() == {"status": "ok", "engines": 1}
+    found = status(url)
+    assert found["budget_bytes"] == found["expert_bytes"] * found["slots"] == found["expert_bytes"] * 8
+    assert found["resident_experts"] <= found["slots"]
+    assert 0 < found["hit_rate"] < 1
+    assert found["requests_error"] == 0
+    assert found["kernels"].keys() == {"torch"}
+    history = httpx.get(f"{url}/v1/raymoe/status", params={"history": True}).json()["engines"][0]["history"]
+    assert sum(window["misses"] for window in history) <= found["misses"]
+
+
+def test_an_engine_decodes_with_the_triton_kernels(url, config):
+    """In the interpreter; the environment reaches the replica through its runtime env."""
+    env = {"RAYMOE_KERNELS": "triton", "TRITON_INTERPRET": "1"}
+    handle = serve.run(
+        Engine.options(ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": env}}).bind(config),
+        name="kernels",
+        route_prefix=None,
+    )
+    events = list(handle.options(stream=True).generate.remote([5, 6, 7], {"max_tokens": 3, "temperature": 0.0}))
+    assert events[-1].finish_reason in ("length", "stop")
+    assert handle.status.remote().result()["kernels"]["triton"] > 0
+    serve.delete("kernels")

@@ -1,0 +1,158 @@
+import json
+
+import pytest
+
+from raymoe.serving.openai_api import (
+    ApiError,
+    ChatAnswer,
+    ChatRequest,
+    CompletionAnswer,
+    CompletionRequest,
+    Usage,
+    parse_request,
+)
+
+HI = [{"role": "user", "content": "hi"}]
+
+
+def completion(**arguments) -> CompletionRequest:
+    return parse_request(CompletionRequest, json.dumps({"model": "m", "prompt": "x"} | arguments).encode())
+
+
+def chat(**arguments) -> ChatRequest:
+    return parse_request(ChatRequest, json.dumps({"model": "m", "messages": HI} | arguments).encode())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "taken"), [("x", "x"), (["x"], "x"), ([1, 2], [1, 2]), ([[1, 2]], [1, 2]), ([7], [7])]
+)
+def test_forms_of_a_prompt(prompt, taken):
+    assert completion(prompt=prompt).prompt == taken
+
+
+def test_parts_of_a_message_are_joined():
+    message = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    assert chat(messages=[message]).messages[0].content == "ab"
+
+
+@pytest.mark.parametrize(("stop", "taken"), [("a", ("a",)), (["a", "b"], ("a", "b")), ([], ()), (None, ())])
+def test_forms_of_stop(stop, taken):
+    assert completion(stop=stop).stop == taken
+
+
+def test_what_is_left_out_is_left_to_the_engine():
+    assert completion().sampling(16) == {"max_tokens": 16}
+    assert completion(temperature=0, seed=3, top_k=4, top_p=0.5).sampling(None) == {
+        "max_tokens": None,
+        "temperature": 0,
+        "seed": 3,
+        "top_k": 4,
+        "top_p": 0.5,
+    }
+
+
+def test_arguments_that_ask_for_nothing_are_taken():
+    completion(
+        n=1, best_of=1, echo=False, logprobs=None, presence_penalty=0, frequency_penalty=0.0, logit_bias={}, user="u"
+    )
+    chat(n=1, tools=[], logprobs=False, response_format={"type": "text"}, tool_choice="none", parallel_tool_calls=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "param", "message"),
+    [
+        ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
+        ({"temperature": "1"}, "temperature", "valid number"),
+        ({"temperature": True}, "temperature", "valid number"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"top_k": -1}, "top_k", "greater than or equal to 0"),
+        ({"seed": 1 << 64}, "seed", "less than"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 1.5}, "max_tokens", "valid integer"),
+        ({"stream": "yes"}, "stream", "valid boolean"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "only allowed when 'stream' is true"),
+        ({"stop": ["a"] * 5}, "stop", "up to 4"),
+        ({"stop": ""}, "stop", "none of them empty"),
+        ({"n": 2}, "n", "must be 1"),
+        ({"prompt": ""}, "prompt", "not empty"),
+        ({"prompt": []}, "prompt", "not empty"),
+        ({"prompt": [1, -2]}, "prompt", "token ids"),
+        ({"prompt": [True]}, "prompt", "token ids"),
+        ({"prompt": ["a", "b"]}, "prompt", "one prompt a request, got 2"),
+        ({"model": 3}, "model", "valid string"),
+        ({"echo": True}, "echo", "not supported by raymoe yet"),
+        ({"logprobs": 3}, "logprobs", "not supported by raymoe yet"),
+        ({"suffix": "x"}, "suffix", "not supported by raymoe yet"),
+        ({"logit_bias": {"1": 2}}, "logit_bias", "not supported by raymoe yet"),
+    ],
+)
+def test_bad_completion_arguments_are_named(arguments, param, message):
+    with pytest.raises(ApiError, match=message) as error:
+        completion(**arguments)
+    assert error.value.status == 400
+    body = error.value.body["error"]
+    assert (body["param"], body["type"]) == (param, "invalid_request_error")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "param", "message"),
+    [
+        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": "hi"}, "messages", "valid list"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "'user'"),
+        ({"messages": [*HI, {"role": "user"}]}, "messages[1].content", "required"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "'image_url'"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "give a text"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "differ"),
+        ({"tools": [{"type": "function"}]}, "tools", "not supported by raymoe yet"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "not supported by raymoe yet"),
+    ],
+)
+def test_bad_chat_arguments_are_named(arguments, param, message):
+    with pytest.raises(ApiError, match=message) as error:
+        chat(**arguments)
+    assert error.value.body["error"]["param"] == param
+
+
+def test_unknown_arguments_are_refused_in_openais_words():
+    with pytest.raises(ApiError, match=r"^Unrecognized request argument supplied: foo$"):
+        completion(foo=1)
+    with pytest.raises(ApiError, match=r"^Unrecognized request argument supplied: messages\[0\]\.mood$"):
+        chat(messages=[{"role": "user", "content": "x", "mood": "good"}])
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+        (b"[1]", "JSON object"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"model": "m", "prompt": "x", "temperature": NaN}', "NaN is no JSON number"),
+        (b'{"model": "m", "prompt": "x", "temperature": 1e999}', "temperature"),
+        (b'{"prompt": "x"}', "you must provide a model parameter"),
+        (b'{"model": "m"}', "you must provide a prompt parameter"),
+    ],
+)
+def test_bad_bodies(body, message):
+    with pytest.raises(ApiError, match=message):
+        parse_request(CompletionRequest, body)
+
+
+def test_shapes_of_the_answers():
+    usage = Usage(prompt_tokens=3, completion_tokens=2)
+    whole = CompletionAnswer("1", "m").whole("hi", "stop", usage)
+    assert whole["object"] == "text_completion"
+    assert whole["choices"] == [{"index": 0, "text": "hi", "logprobs": None, "finish_reason": "stop"}]
+    assert whole["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    answer = ChatAnswer("1", "m")
+    assert answer.whole("hi", "length", usage)["choices"][0]["message"]["content"] == "hi"
+    assert answer.opening()["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert answer.chunk("a", None)["choices"][0] == {
+        "index": 0,
+        "delta": {"content": "a"},
+        "logprobs": None,
+        "finish_reason": None,
+    }
+    assert answer.chunk("", "stop")["choices"][0]["delta"] == {}
+    assert answer.usage_chunk(usage)["choices"] == []

@@ -1,0 +1,261 @@
+"""The gateway over a scripted engine: HTTP, tokens and text, without Ray and without a model."""
+
+import asyncio
+import json
+
+import pytest
+from starlette.testclient import TestClient
+
+from raymoe.config import ServeConfig
+from raymoe.serving.answers import Answering, Event
+from raymoe.serving.openai_api import unavailable
+from raymoe.serving.routes import MAX_BODY_BYTES, create_api
+
+RARE = "\u9b31"
+
+
+class ScriptedEngine:
+    """Answers every request with the same text, in tokens."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.asked: list[tuple[list[int], dict]] = []
+        self.is_closed = False
+        self.is_alive = True
+        self.say("hello")
+
+    def say(self, text, reason="length", step=1):
+        tokens = self.tokenizer(text)["input_ids"]
+        if reason == "stop":
+            tokens.append(self.tokenizer.eos_token_id)
+        parts = [tokens[at : at + step] for at in range(0, len(tokens), step)]
+        self.events = [Event([]), *(Event(part) for part in parts[:-1]), Event(parts[-1], reason)]
+        self.num_tokens = len(tokens)
+
+    async def generate(self, prompt_ids, params, in_steps):
+        self.in_steps = in_steps
+        self.asked.append((prompt_ids, params))
+        try:
+            for event in self.events:
+                if isinstance(event, Exception):
+                    raise event
+                await asyncio.sleep(0)
+                yield event
+        finally:
+            self.is_closed = True
+
+    async def status(self, history=False):
+        return [{"is_alive": self.is_alive} | ({"history": []} if history else {})]
+
+
+@pytest.fixture
+def engine(tokenizer) -> ScriptedEngine:
+    return ScriptedEngine(tokenizer)
+
+
+@pytest.fixture
+def client(tokenizer, engine, tmp_path) -> TestClient:
+    (tmp_path / "config.json").write_text("{}")
+    config = ServeConfig(model=tmp_path, name="m", max_tokens=50, max_prompt_tokens=20)
+    return TestClient(create_api(Answering(config, tokenizer, engine)), raise_server_exceptions=False)
+
+
+def complete(client, **arguments):
+    return client.post("/v1/completions", json={"model": "m", "prompt": "ab"} | arguments)
+
+
+def chat(client, **arguments):
+    return client.post(
+        "/v1/chat/completions", json={"model": "m", "messages": [{"role": "user", "content": "hi"}]} | arguments
+    )
+
+
+def chunks(response) -> list[dict]:
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *events, done, rest = response.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def error_of(response) -> dict:
+    return response.json()["error"]
+
+
+def test_a_completion(client, engine, tokenizer):
+    body = complete(client, seed=5, temperature=0).json()
+    assert body["choices"][0] == {"index": 0, "text": "hello", "logprobs": None, "finish_reason": "length"}
+    assert body["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": engine.num_tokens,
+        "total_tokens": 2 + engine.num_tokens,
+    }
+    assert engine.asked == [(tokenizer("ab")["input_ids"], {"max_tokens": 16, "temperature": 0, "seed": 5})]
+    assert engine.is_closed
+
+
+@pytest.mark.parametrize(("arguments", "in_steps"), [({}, False), ({"stream": True}, True), ({"stop": "x"}, True)])
+def test_the_engine_tells_every_token_only_where_it_matters(client, engine, arguments, in_steps):
+    complete(client, **arguments)
+    assert engine.in_steps is in_steps
+
+
+def test_token_ids_are_a_prompt(client, engine):
+    assert complete(client, prompt=[7, 8, 9]).status_code == 200
+    assert engine.asked[0][0] == [7, 8, 9]
+
+
+def test_a_chat_goes_through_the_template(client, engine, tokenizer):
+    body = chat(client).json()
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": "hello", "refusal": None}
+    assert tokenizer.decode(engine.asked[0][0]) == "<|user|>\nhi\n<|assistant|>\n"
+    # the engine takes as many tokens as there is room for
+    assert engine.asked[0][1]["max_tokens"] is None
+
+
+def test_a_model_without_a_template_has_no_chat(client, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    response = chat(client)
+    assert response.status_code == 400
+    assert "no chat template" in error_of(response)["message"]
+
+
+def test_what_the_template_refuses_is_a_bad_request(client):
+    response = chat(client, messages=[{"role": "tool", "content": "42"}])
+    assert response.status_code == 400
+    assert "unknown role tool" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("ask", [complete, chat])
+def test_a_stream_says_the_same_as_the_whole(client, engine, ask):
+    engine.say(f"caf\u00e9 {RARE}! fin")
+    found = chunks(ask(client, stream=True, stream_options={"include_usage": True}))
+    *parts, last, usage = found
+    choices = [part["choices"][0] for part in parts]
+    texts = [choice["text"] if ask is complete else choice["delta"]["content"] for choice in choices]
+    assert "".join(texts) == f"caf\u00e9 {RARE}! fin"
+    assert len(texts) > 3
+    assert not any("\N{REPLACEMENT CHARACTER}" in text for text in texts)
+    assert [choice["finish_reason"] for choice in choices] == [None] * len(choices)
+    assert last["choices"][0]["finish_reason"] == "length"
+    assert (usage["choices"], usage["usage"]["completion_tokens"]) == ([], engine.num_tokens)
+    assert len({part["id"] for part in found}) == 1
+    assert engine.is_closed
+
+
+def test_a_chat_stream_opens_with_the_role(client):
+    assert chunks(chat(client, stream=True))[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+
+
+def test_usage_is_streamed_only_on_request(client):
+    assert all("usage" not in chunk for chunk in chunks(complete(client, stream=True)))
+
+
+def test_the_end_token_is_not_text(client, engine):
+    engine.say("hello", reason="stop")
+    body = complete(client).json()
+    assert body["choices"][0]["text"] == "hello"
+    assert body["choices"][0]["finish_reason"] == "stop"
+    assert body["usage"]["completion_tokens"] == engine.num_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_ends_the_request(client, engine, stream):
+    engine.say("one two three four")
+    response = complete(client, stop=["thr", "zzz"], stream=stream)
+    if stream:
+        found = chunks(response)
+        assert "".join(part["choices"][0]["text"] for part in found) == "one two "
+        assert found[-1]["choices"][0]["finish_reason"] == "stop"
+    else:
+        choice = response.json()["choices"][0]
+        assert (choice["text"], choice["finish_reason"]) == ("one two ", "stop")
+    assert engine.is_closed
+
+
+def test_a_stop_string_that_only_begins_is_text(client, engine):
+    engine.say("one two thr")
+    assert complete(client, stop="three").json()["choices"][0]["text"] == "one two thr"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("first", "status", "message"),
+    [
+        (Event([], refusal="the KV cache holds 8 tokens"), 400, "the KV cache holds 8 tokens"),
+        (Event([], error="the engine has ended"), 503, "the engine has ended"),
+        (unavailable("too many requests are waiting"), 503, "too many requests"),
+    ],
+)
+def test_what_the_engine_turns_down_has_a_status(client, engine, first, status, message, stream):
+    engine.events = [first]
+    response = complete(client, stream=stream)
+    assert response.status_code == status
+    assert message in error_of(response)["message"]
+
+
+def test_an_engine_that_fails_on_the_way(client, engine):
+    engine.events = [Event([]), Event([65]), Event([], "error", error="the engine has ended")]
+    assert complete(client).status_code == 503
+    last = chunks(complete(client, stream=True))[-1]
+    assert last["error"]["message"] == "the engine has ended"
+
+
+def test_a_bug_is_a_500_in_the_same_form(client, engine):
+    engine.events = [RuntimeError("secret detail")]
+    response = complete(client)
+    assert response.status_code == 500
+    assert "secret" not in response.text
+    assert error_of(response)["type"] == "server_error"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ({"model": "other"}, 404, "this server has 'm'"),
+        ({"max_tokens": 51}, 400, "gives up to 50"),
+        ({"prompt": [5] * 21}, 400, "takes up to 20"),
+        ({"n": 2}, 400, "'n' must be 1"),
+        ({"foo": 1}, 400, "Unrecognized request argument supplied: foo"),
+    ],
+)
+def test_bad_requests_never_reach_the_engine(client, engine, arguments, status, message):
+    response = complete(client, **arguments)
+    assert response.status_code == status
+    assert message in error_of(response)["message"]
+    assert engine.asked == []
+
+
+def test_bodies_are_bounded(client):
+    response = client.post("/v1/completions", content=b" " * (MAX_BODY_BYTES + 1))
+    assert response.status_code == 413
+    assert "larger than" in error_of(response)["message"]
+
+
+def test_models(client):
+    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["m"]
+    assert client.get("/v1/models/m").json()["id"] == "m"
+    assert error_of(client.get("/v1/models/x"))["code"] == "model_not_found"
+
+
+def test_health_follows_the_engine(client, engine):
+    assert client.get("/health").json() == {"status": "ok", "engines": 1}
+    engine.is_alive = False
+    assert client.get("/health").status_code == 503
+
+
+def test_status_shows_every_engine(client):
+    assert client.get("/v1/raymoe/status").json() == {"model": "m", "engines": [{"is_alive": True}]}
+    assert client.get("/v1/raymoe/status?history=true").json()["engines"][0]["history"] == []
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nothing", 404), ("GET", "/v1/completions", 405)])
+def test_wrong_addresses_answer_in_the_same_form(client, method, path, status):
+    response = client.request(method, path)
+    assert response.status_code == status
+    assert path in error_of(response)["message"]
+
+
+def test_the_description_of_the_api_names_our_arguments(client):
+    paths = client.get("/openapi.json").json()["paths"]
+    schema = paths["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert {"model", "prompt", "top_k", "stop", "stream_options"} <= set(schema["properties"])
