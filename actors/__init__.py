@@ -1,8 +1,15 @@
 """Every Ray actor of raymoe. Thin: the work is in the rooms above, which know nothing of Ray."""
 
-from raymoe.actors.expert_worker import ExpertWorker
-from raymoe.actors.placement_controller import PlacementController, StepSummary
-from raymoe.actors.session import ray_session
-from raymoe.actors.worker_group import WorkerGroup, WorkersFailed
+from raymoe.lazy import lazy_exports
 
-__all__ = ["ExpertWorker", "PlacementController", "StepSummary", "WorkerGroup", "WorkersFailed", "ray_session"]
+_HOMES = {
+    "ExpertWorker": "expert_worker",
+    "PlacementController": "placement_controller",
+    "StepSummary": "placement_controller",
+    "WorkerGroup": "worker_group",
+    "WorkersFailed": "worker_group",
+    "ray_session": "session",
+}
+
+__all__ = list(_HOMES)
+__getattr__ = lazy_exports(__name__, _HOMES)

@@ -30,6 +30,8 @@ from raymoe.training.job import prepare_job, prepare_text
 
 _POLICIES = ("ep", "fssdp")
 _BUDGETS = ("100%", "50%", "25%", "one expert")
+# gate, up and down of the demo's model in float32
+_ONE_EXPERT_BYTES = 3 * 256 * 256 * 4
 _REQUESTS, _PROMPT_TOKENS, _ANSWER_TOKENS = 16, 32, 48
 
 
@@ -124,8 +126,7 @@ def bench_serving(checkpoint: Path, prompts: list[list[int]], rounds: int) -> li
 
 
 def _serve_once(checkpoint: Path, budget: str, prompts: list[list[int]]) -> dict:
-    one_expert = 3 * 256 * 256 * 4
-    with InferenceEngine(checkpoint, expert_memory=one_expert if budget == "one expert" else budget) as engine:
+    with InferenceEngine(checkpoint, expert_memory=_ONE_EXPERT_BYTES if budget == "one expert" else budget) as engine:
         _ask(engine, prompts[:2], 4)
         before = engine.stats()
         started = time.perf_counter()

@@ -26,7 +26,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, laid ove
 @app.command()
 def demo(
     data: Annotated[str, typer.Option(help="Text, JSONL or Parquet file, or a folder of them.")] = "stdlib",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 240,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 320,
     output: Annotated[Path, typer.Option(help="Folder for checkpoint, trace and report.")] = Path("runs/demo"),
     json: Json = None,
 ) -> None:

@@ -8,7 +8,7 @@ OLMOE = {"model": {"config": {"model_type": "olmoe"}}}
 def test_the_example_is_valid_and_overrides_lie_over_it():
     config = load_config(TrainConfig, "examples/train.yaml", ["optimizer.lr=3e-4", "workers=3", "experts.policy=ep"])
     assert (config.optimizer.lr, config.workers, config.experts.policy) == (3e-4, 3, "ep")
-    assert config.model.config["num_experts"] == 16
+    assert config.model.config["num_experts"] == 24
 
 
 @pytest.mark.parametrize(

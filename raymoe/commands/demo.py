@@ -23,12 +23,13 @@ _MODEL = {
     "model_type": "olmoe",
     "hidden_size": 256,
     "intermediate_size": 256,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_experts": 16,
+    "num_experts": 24,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 1024,
     "router_aux_loss_coef": 0.02,
+    "initializer_range": 0.05,
 }
 _EXPERT_MEMORY = "50%"
 _ANSWER_TOKENS = 48
@@ -67,7 +68,7 @@ def demo_config(data: str, steps: int, output: Path) -> TrainConfig:
             "workers": 2,
             "batch": 8,
             "steps": steps,
-            "optimizer": {"lr": 2e-3, "warmup_steps": min(20, steps)},
+            "optimizer": {"lr": 3e-3, "betas": (0.9, 0.98), "warmup_steps": min(20, steps)},
             "output": output,
         },
     )

@@ -3,12 +3,10 @@
 What needs torch is loaded when it is first asked for, so that a process that only talks to an engine stays small.
 """
 
-from importlib import import_module
-from typing import Any
-
 from raymoe.inference.requests import Delta, EngineError, SamplingParams
+from raymoe.lazy import lazy_exports
 
-_HEAVY = {
+_HOMES = {
     "CacheCounters": "cache",
     "CacheWindow": "cache",
     "CheckpointTier": "tiers",
@@ -17,10 +15,5 @@ _HEAVY = {
     "InferenceEngine": "engine",
 }
 
-__all__ = [*_HEAVY, "Delta", "EngineError", "SamplingParams"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HEAVY:
-        return getattr(import_module(f"{__name__}.{_HEAVY[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = [*_HOMES, "Delta", "EngineError", "SamplingParams"]
+__getattr__ = lazy_exports(__name__, _HOMES)

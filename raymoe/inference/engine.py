@@ -70,9 +70,7 @@ class InferenceEngine:
         self._started_s = time.monotonic()
         _refuse_unservable(AutoConfig.from_pretrained(model, local_files_only=True))
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        loaded, files = load_without_experts(model, getattr(torch, dtype))
-        # the experts have no data to move
-        loaded._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+        loaded, files = load_without_experts(model, getattr(torch, dtype), device)
         self._config = loaded.config.get_text_config()
         self.cache = ExpertCache(
             CheckpointTier(files),

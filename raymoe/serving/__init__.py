@@ -4,18 +4,9 @@
 before one of the two is used.
 """
 
-from typing import Any
+from raymoe.lazy import lazy_exports
 
-__all__ = ["build_app", "serving"]
+_HOMES = {"build_app": "app", "serving": "run"}
 
-
-def __getattr__(name: str) -> Any:
-    if name == "build_app":
-        from raymoe.serving.app import build_app
-
-        return build_app
-    if name == "serving":
-        from raymoe.serving.run import serving
-
-        return serving
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = list(_HOMES)
+__getattr__ = lazy_exports(__name__, _HOMES)

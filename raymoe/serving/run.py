@@ -13,8 +13,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import ray
 from ray import serve
-from ray._private.ray_logging import stdout_deduplicator
 
+from raymoe.actors.ray_private import hide_driver_lines
+from raymoe.actors.session import ray_session
 from raymoe.config import ServeConfig
 from raymoe.errors import RunFailed
 from raymoe.serving.app import build_app
@@ -59,8 +60,6 @@ def serving(config: ServeConfig, *, app_name: str = "raymoe") -> Iterator[str]:
 def _session(config: ServeConfig) -> AbstractContextManager:
     if ray.is_initialized():
         return nullcontext()
-    from raymoe.actors import ray_session
-
     # one for Serve's own processes and the gateway
     return ray_session(min_cpus=math.ceil(config.engines * config.num_cpus) + 1, dashboard=False)
 
@@ -118,8 +117,8 @@ def _url(host: str, port: int) -> str:
 @contextmanager
 def _quiet_driver() -> Iterator[None]:
     """Serve tells each of its steps on the driver's stderr, and Ray reports the end of Serve's controller as a failed task."""
-    # the report may come late; RAY_DEDUP_LOGS_SKIP_REGEX would do the same, if it were set before Ray is imported
-    stdout_deduplicator.skip_re = re.compile(r"ServeController\.graceful_shutdown failed")
+    # for good: the report may come late
+    hide_driver_lines(r"ServeController\.graceful_shutdown failed")
     logger = logging.getLogger("ray.serve")
     level = logger.level
     logger.setLevel(logging.WARNING)

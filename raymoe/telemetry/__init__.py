@@ -1,32 +1,29 @@
 """What raymoe says about itself: metrics, routing traces, results as JSON, and reports with plots.
 
-No torch and no Ray: ``actors/`` plugs the exporter in.
+No torch and no Ray: ``actors/`` plugs the exporter in. Reports are loaded when they are first asked for: an actor that records
+metrics needs no matplotlib.
 """
 
+from raymoe.lazy import lazy_exports
 from raymoe.telemetry.metrics import METRICS, Exporter, Metric, set_exporter, snapshot
-from raymoe.telemetry.parts import Answer, Number, Report, Score, Serving, Table, Training
-from raymoe.telemetry.report import write_report
 from raymoe.telemetry.results import run_meta, write_json
 from raymoe.telemetry.trace import TRACE_VERSION, TraceWriter, read_trace, trace_schema
 
+_HOMES = dict.fromkeys(("Answer", "Number", "Report", "Score", "Serving", "Table", "Training"), "parts")
+_HOMES |= {"write_report": "report"}
+
 __all__ = [
+    *_HOMES,
     "METRICS",
     "TRACE_VERSION",
-    "Answer",
     "Exporter",
     "Metric",
-    "Number",
-    "Report",
-    "Score",
-    "Serving",
-    "Table",
     "TraceWriter",
-    "Training",
     "read_trace",
     "run_meta",
     "set_exporter",
     "snapshot",
     "trace_schema",
     "write_json",
-    "write_report",
 ]
+__getattr__ = lazy_exports(__name__, _HOMES)

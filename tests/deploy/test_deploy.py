@@ -1,0 +1,81 @@
+"""What people point a cluster at: jobs and Serve applications, through Ray's own commands."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from raymoe.actors import ray_session
+from raymoe.config import ServeConfig
+from tests.test_cli import EXAMPLE, TINY
+from tests.tiny_models import tiny_model
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+BIN = Path(sys.executable).parent
+
+
+def test_the_serve_config_is_what_serve_and_raymoe_take(tmp_path):
+    tree = yaml.safe_load((DEPLOY / "serve" / "raymoe.yaml").read_text())
+    schema = ServeDeploySchema.model_validate(tree)
+    assert schema.http_options.host == "127.0.0.1"
+    (application,) = schema.applications
+    assert application.import_path == "raymoe.serving:build_app"
+    tiny_model("olmoe").config.save_pretrained(tmp_path)
+    assert ServeConfig.model_validate(application.args | {"model": tmp_path}).expert_memory == "50%"
+
+
+@pytest.mark.timeout(280)
+def test_ray_job_submit_trains_and_serve_run_serves(tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"the {i}th line says {i % 7} times seven" for i in range(900)))
+    output = tmp_path / "run"
+    with ray_session(min_cpus=4, own=True) as dashboard_url:
+        # the cluster's token is in this process's environment, which the commands inherit
+        job = [BIN / "ray", "job", "submit", "--address", dashboard_url, "--working-dir", EXAMPLE.parent, "--"]
+        train = [sys.executable, "-m", "raymoe", "train", EXAMPLE.name, *TINY, "steps=3", f"output={output}"]
+        done = subprocess.run(
+            [*map(str, job), *train, f"data.source={tmp_path / 'text.txt'}"],
+            capture_output=True,
+            text=True,
+            timeout=150,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "step     3/3  loss " in done.stdout
+        assert (output / "report.html").is_file()
+
+        serve = [
+            BIN / "serve",
+            "run",
+            "raymoe.serving:build_app",
+            f"model={output / 'checkpoint'}",
+            "expert_memory=25%",
+        ]
+        server = subprocess.Popen(
+            [*map(str, serve)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
+        )
+        try:
+            engine = wait_for("http://127.0.0.1:8000/v1/raymoe/status", server)["engines"][0]
+            assert (engine["slots"], engine["num_experts"]) == (12, 48)
+            assert wait_for("http://127.0.0.1:8000/v1/models", server)["data"][0]["id"] == "checkpoint"
+        finally:
+            server.terminate()
+            server.wait(timeout=60)
+
+
+def wait_for(url: str, server: subprocess.Popen) -> dict:
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                return json.load(answer)
+        except (urllib.error.URLError, ConnectionError):
+            assert server.poll() is None, "serve run ended"
+            assert time.monotonic() < deadline, url
+            time.sleep(0.5)
