@@ -1,6 +1,7 @@
 """The actor that sees all ranks: gathers their reports, settles placement parameters, shows the run's state."""
 
 import logging
+from collections import deque
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +19,7 @@ logger = logging.getLogger("raymoe")
 
 _MEASURED_STEPS = 4
 _UNMEASURED_STEPS = 2  # the first steps allocate and warm up
+_KEPT_STEPS = 4096  # a driver asks several times a second
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class PlacementController:
         self._expert_bytes = 1
         self._reports: dict[int, dict[int, StepReport]] = {}
         self._attention_ns: list[int] = []
-        self._summaries: list[StepSummary] = []
+        self._summaries: deque[StepSummary] = deque(maxlen=_KEPT_STEPS)
+        self._num_steps = 0
 
     def __repr__(self) -> str:
         return "PlacementController"
@@ -82,19 +85,20 @@ class PlacementController:
             del self._reports[report.step]
             summary = summarise(list(reports.values()), self._job.owners)
             self._summaries.append(summary)
+            self._num_steps += 1
             metrics.TRAIN_EXPERT_IMBALANCE_RATIO.set(summary.worker_imbalance)
             self._settle_overlap(min(each.attention_ns for each in reports.values()))
 
     @ray.method(concurrency_group="control")
     def progress(self, known: int) -> list[StepSummary]:
-        """Summaries of the steps after the first `known` ones."""
-        return self._summaries[known:]
+        """Summaries of the steps after the first `known` ones, as far back as they are kept."""
+        return [summary for summary in list(self._summaries) if summary.step >= known]
 
     @ray.method(concurrency_group="control")
     def state(self) -> dict[str, object]:
         """The run as it is: steps done, what is published, what was measured."""
         return {
-            "steps": len(self._summaries),
+            "steps": self._num_steps,
             "publication": self._publication,
             "bandwidth_bytes_s": self._bandwidth_bytes_s,
             "expert_bytes": self._expert_bytes,
@@ -105,7 +109,7 @@ class PlacementController:
         experts = self._job.config.experts
         if experts.overlap_degree != "auto" or self._publication.version > 0 or self._bandwidth_bytes_s == 0:
             return
-        if len(self._summaries) > _UNMEASURED_STEPS:
+        if self._num_steps > _UNMEASURED_STEPS:
             self._attention_ns.append(attention_ns)
         if len(self._attention_ns) < _MEASURED_STEPS:
             return

@@ -45,7 +45,6 @@ def test_help_names_the_commands(tmp_path):
     [
         (["experts.polcy=ep"], "experts.polcy: unknown key; did you mean 'policy'?"),
         (["workers=0"], "workers: Input should be greater than or equal to 1 (got 0)"),
-        (["data.source=nowhere.txt"], "nowhere.txt"),
         (["model.config.num_attention_heads=7"], "model.config: transformers cannot run it"),
         (["experts.owners=[[0, 1]]"], "experts.owners: got [1, 2], the model has 2 MoE layers of 24 experts"),
     ],

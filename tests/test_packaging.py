@@ -29,9 +29,9 @@ def installed(tmp_path_factory) -> Path:
     run(sys.executable, *build, cwd=folder)
     (wheel,) = (folder / "dist").glob("raymoe-*.whl")
     run(sys.executable, "-m", "venv", folder / "env", cwd=folder)
-    constraints = ["--constraint", REPOSITORY / "requirements.lock"]
-    run(folder / "env/bin/pip", "install", "--quiet", *constraints, "torch", cwd=folder)
-    run(folder / "env/bin/pip", "install", "--quiet", *constraints, wheel, cwd=folder)
+    install = [folder / "env/bin/pip", "install", "--quiet", "--no-compile", "-c", REPOSITORY / "requirements.lock"]
+    run(*install, "torch", cwd=folder)
+    run(*install, wheel, cwd=folder)
     return folder / "env/bin"
 
 

@@ -9,46 +9,14 @@ import ray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raymoe.actors import WorkerGroup, WorkersFailed, ray_session
-from raymoe.config import TrainConfig, parse_config
 from raymoe.models import moe_layers
 from raymoe.telemetry import read_trace
-from raymoe.training.job import prepare_job, prepare_text
-
-TINY = {
-    "model_type": "olmoe",
-    "hidden_size": 32,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 64,
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     with ray_session(min_cpus=4, own=True, dashboard=False):
         yield
-
-
-@pytest.fixture
-def job(tmp_path):
-    def make(**changes):
-        (tmp_path / "text.txt").write_text("\n\n".join(f"the {i}th line says {i % 7} times seven" for i in range(900)))
-        tree = {
-            "model": {"config": TINY},
-            "data": {"source": str(tmp_path / "text.txt"), "sequence_length": 16},
-            "tokenizer": {"vocab_size": 300},
-            "batch": 6,
-            "steps": 12,
-            "optimizer": {"lr": 1e-2, "warmup_steps": 2},
-            "output": str(tmp_path / "run"),
-        }
-        config = parse_config(TrainConfig, tree | changes)
-        return prepare_job(config, config.output, prepare_text(config, config.output))
-
-    return make
 
 
 def living_actors() -> int:
