@@ -61,6 +61,8 @@ def test_ray_job_submit_trains_and_serve_run_serves(tmp_path):
             [*map(str, serve)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
         )
         try:
+            # the gateway answers before its engines do; /health is 503 until then
+            wait_for("http://127.0.0.1:8000/health", server)
             engine = wait_for("http://127.0.0.1:8000/v1/raymoe/status", server)["engines"][0]
             assert (engine["slots"], engine["num_experts"]) == (12, 48)
             assert wait_for("http://127.0.0.1:8000/v1/models", server)["data"][0]["id"] == "checkpoint"
