@@ -9,7 +9,6 @@ compared over the serving arms: a budget must not change them.
 
 import argparse
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -48,7 +47,7 @@ def main() -> None:
     console = Console(width=140)
     for title, rows in (("training", training), ("serving", serving)):
         console.print(_table(title, rows))
-    command = " ".join(["python -m benchmarks.first_light", *sys.argv[1:]])
+    command = f"python -m benchmarks.first_light --steps {arguments.steps} --rounds {arguments.rounds}"
     if arguments.json:
         write_json(arguments.json, command, [*training, *serving])
     if arguments.markdown:
