@@ -28,16 +28,15 @@ test-slow: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.first_light
 
-# --no-compile: what is imported compiles itself, the rest of torch need not
 # torch first and pinned: where pip finds a CPU build of it, that one is taken
 $(VENV)/.installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --no-compile --constraint requirements.lock pip setuptools torch
-	$(PIP) install --no-compile --constraint requirements.lock --no-build-isolation --editable .
+	$(PIP) install --constraint requirements.lock pip setuptools torch
+	$(PIP) install --constraint requirements.lock --no-build-isolation --editable .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install --no-compile --constraint requirements.lock --no-build-isolation --editable .[dev]
+	$(PIP) install --constraint requirements.lock --no-build-isolation --editable .[dev]
 	touch $@
 
 # writes down what a fresh environment resolved to

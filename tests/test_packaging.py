@@ -29,7 +29,7 @@ def installed(tmp_path_factory) -> Path:
     run(sys.executable, *build, cwd=folder)
     (wheel,) = (folder / "dist").glob("raymoe-*.whl")
     run(sys.executable, "-m", "venv", folder / "env", cwd=folder)
-    install = [folder / "env/bin/pip", "install", "--quiet", "--no-compile", "-c", REPOSITORY / "requirements.lock"]
+    install = [folder / "env/bin/pip", "install", "--quiet", "-c", REPOSITORY / "requirements.lock"]
     run(*install, "torch", cwd=folder)
     run(*install, wheel, cwd=folder)
     return folder / "env/bin"
