@@ -87,10 +87,6 @@ class ExpertWorker:
         with CheckpointWriter(path, self._trainer.model, tokenizer) as writer:
             self._trainer.write(writer)
 
-    def stop(self) -> None:
-        """Leaves the epoch."""
-        leave_world()
-
     @ray.method(concurrency_group="control")
     def publish(self, publication: Publication) -> None:
         """Takes the controller's publication while a step runs; the ranks agree on when to apply it."""

@@ -5,7 +5,7 @@ Importing it registers the experts function "raymoe": `model.set_experts_impleme
 
 from raymoe.models.checkpoint import ExpertFiles, load_without_experts
 from raymoe.models.experts_function import ExpertsRuntime, attach_runtime, detach_runtime
-from raymoe.models.layers import MoELayer, moe_layers, spec_of, weights_of
+from raymoe.models.layers import MoELayer, expert_parameter_names, moe_layers, spec_of, weights_of
 from raymoe.models.layout import ExpertField, ExpertLayout
 from raymoe.models.writer import CheckpointWriter
 
@@ -18,6 +18,7 @@ __all__ = [
     "MoELayer",
     "attach_runtime",
     "detach_runtime",
+    "expert_parameter_names",
     "load_without_experts",
     "moe_layers",
     "spec_of",

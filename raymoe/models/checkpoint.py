@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from raymoe.models.layers import MoELayer, moe_layers
+from raymoe.models.layers import MoELayer, expert_parameter_names, moe_layers
 from raymoe.models.names import CheckpointNames
 
 
@@ -107,7 +107,7 @@ def load_without_experts(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="raymoe")
     layers = moe_layers(model)
-    expert_parameters = {f"{layer.name}.{field.name}" for layer in layers for field in layer.layout.fields}
+    expert_parameters = expert_parameter_names(layers)
     names = CheckpointNames(model)
     wanted = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     dense: dict[str, Tensor] = {}

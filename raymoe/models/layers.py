@@ -114,6 +114,11 @@ def _clamped_gate(experts: Any, spec: ExpertSpec) -> ExpertSpec | None:
     return replace(spec, is_interleaved=True, gate_limit=float(limit), gate_alpha=float(alpha), up_offset=1.0)
 
 
+def expert_parameter_names(layers: list[MoELayer]) -> set[str]:
+    """Names in the model of all parameters that belong to experts."""
+    return {f"{layer.name}.{field.name}" for layer in layers for field in layer.layout.fields}
+
+
 def weights_of(layer: MoELayer, views: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """Picks from `{parameter name: [slots, *shape]}` what `raymoe.kernels` takes: (gate_up, down, biases or None)."""
     return select_weights(layer.spec, views)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from raymoe.config import ConfigError, TrainConfig
-from raymoe.models import CheckpointWriter, ExpertLayout, load_without_experts, moe_layers
+from raymoe.models import CheckpointWriter, load_without_experts, moe_layers
 from raymoe.placement import check_owners, even_owners
 from raymoe.training.batches import Batches, TokenStream, pack
 from raymoe.training.publication import Publication
@@ -116,7 +116,7 @@ def prepare_job(config: TrainConfig, folder: Path, text: PreparedText) -> TrainJ
         num_experts=num_experts,
         num_layers=num_layers,
         expert_parameters=sum(
-            layer.num_experts * sum(field.numel for field in ExpertLayout.of(layer.experts).fields) for layer in layers
+            layer.num_experts * sum(field.numel for field in layer.layout.fields) for layer in layers
         ),
         total_parameters=sum(parameter.numel() for parameter in model.parameters()),
         train_tokens=len(text.train.tokens),

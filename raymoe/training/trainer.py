@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from raymoe.config import OptimizerConfig
-from raymoe.models import CheckpointWriter, ExpertFiles
+from raymoe.models import CheckpointWriter, ExpertFiles, expert_parameter_names
 from raymoe.placement import ClusterSpec, PlacementState, Plan, policy
 from raymoe.training.batches import rank_slice
 from raymoe.training.fssdp import SparseExperts
@@ -92,8 +92,8 @@ class Trainer:
         self.experts = SparseExperts(model, owners.tolist(), world, self._cluster)
         self._read_owned(files)
         self._router_logits = RouterLogits(self.experts.layers)
-        expert_parameters = {id(p) for layer in self.experts.layers for p in layer.experts.parameters(recurse=False)}
-        dense = [p for p in model.parameters() if id(p) not in expert_parameters]
+        expert_parameters = expert_parameter_names(self.experts.layers)
+        dense = [p for name, p in model.named_parameters() if name not in expert_parameters]
         self.optimizer = ShardedAdamW(dense, self.experts.shards, config.optimizer, config.steps, world)
         self._history: deque[np.ndarray] = deque()
         self._reserve()
@@ -171,7 +171,7 @@ class Trainer:
         """Brings every layer's experts to rank 0, one layer at a time, and writes them; all ranks call it, rank 0 with a
         writer."""
         if writer is not None:
-            expert_parameters = {f"{la.name}.{field.name}" for la in self.experts.layers for field in la.layout.fields}
+            expert_parameters = expert_parameter_names(self.experts.layers)
             state = self.model.state_dict()
             writer.add({name: value for name, value in state.items() if name not in expert_parameters})
         for shard, owners_E in zip(self.experts.shards, self._owners, strict=True):
