@@ -16,7 +16,7 @@ test: lint
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build dist $(WHEEL)
+	rm -rf build/lib build/bdist* dist $(WHEEL)
 	$(PIP) wheel . --no-deps --no-build-isolation --wheel-dir dist
 	$(PIP) install --no-deps --target $(WHEEL) dist/*.whl
 	cd $(WHEEL) && PYTHONPATH=. $(CURDIR)/$(BIN)/lint-imports --no-cache --config $(CURDIR)/pyproject.toml
@@ -26,7 +26,7 @@ test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python -m benchmarks.first_light
+	$(BIN)/python -m raymoe.benchmarks.first_light
 
 # torch first and pinned: where pip finds a CPU build of it, that one is taken
 $(VENV)/.installed: pyproject.toml requirements.lock

@@ -1,6 +1,6 @@
 """What the first light costs and brings: FSSDP beside expert parallelism, and the expert cache beside all experts resident.
 
-    python -m benchmarks.first_light [--steps 40] [--rounds 2] [--json FILE] [--markdown FILE]
+    python -m raymoe.benchmarks.first_light [--steps 40] [--rounds 2] [--json FILE] [--markdown FILE]
 
 Training: the demo's model and text, two workers, one run an arm and round, arms interleaved, the first quarter of the steps left
 out. Serving: the checkpoint that the last training run wrote, one engine an arm and round, the same greedy requests. Tokens are
@@ -47,7 +47,7 @@ def main() -> None:
     console = Console(width=140)
     for title, rows in (("training", training), ("serving", serving)):
         console.print(_table(title, rows))
-    command = f"python -m benchmarks.first_light --steps {arguments.steps} --rounds {arguments.rounds}"
+    command = f"python -m raymoe.benchmarks.first_light --steps {arguments.steps} --rounds {arguments.rounds}"
     if arguments.json:
         write_json(arguments.json, command, [*training, *serving])
     if arguments.markdown:

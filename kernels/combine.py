@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from raymoe.kernels.backend import choose_backend
+from raymoe.kernels.backend import sums_in_triton
 from raymoe.kernels.plan import Plan, has_expert, real_rows
-from raymoe.kernels.spec import ExpertSpec
 
 
 def combine(rows: Tensor, plan: Plan, expert_weight: Tensor) -> Tensor:
@@ -33,9 +32,7 @@ def combine(rows: Tensor, plan: Plan, expert_weight: Tensor) -> Tensor:
         raise ValueError(
             f"expert_weight is {tuple(expert_weight.shape)}, but the plan is for {tuple(plan.inverse.shape)} choices [T, K]"
         )
-    # asked for float32: the kernel also takes the float64 that the Triton GEMMs refuse
-    backend = choose_backend("auto", ExpertSpec(), torch.float32, rows.device)
-    return _combine(rows, plan, expert_weight, backend)
+    return _combine(rows, plan, expert_weight, "triton" if sums_in_triton(rows.device) else "torch")
 
 
 def gather_rows(source: Tensor, plan: Plan) -> Tensor:

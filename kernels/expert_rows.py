@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from raymoe.kernels.backend import choose_backend, count_call
-from raymoe.kernels.moe_mlp import check_experts
+from raymoe.kernels.checks import check_experts, given_experts
+from raymoe.kernels.cpu_backend import expert_rows_cpu
+from raymoe.kernels.operands import Experts
 from raymoe.kernels.plan import Plan
+from raymoe.kernels.quantize import dequantized
 from raymoe.kernels.reference import expert_mlp
 from raymoe.kernels.spec import ExpertSpec
 
@@ -30,6 +33,7 @@ def expert_rows(
     spec: ExpertSpec | None = None,
     biases: tuple[Tensor, Tensor] | None = None,
     hidden_scale: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> None:
     """Compute the rows routed to `experts` and write them to their places in `out`; forward only.
@@ -48,37 +52,48 @@ def expert_rows(
         spec: what the model's family differs in; default: gated silu.
         biases: ([slots, 2I] added before the gate, [slots, H] added after down).
         hidden_scale: [T, I], multiplies the activated inner row of a token.
-        backend: auto | triton | torch | reference; keep to one within a step.
+        scales: with weights in 8 bits, the pair that `quantize_experts` returned.
+        backend: auto | triton | cpu | torch | reference; keep to one within a step.
 
     Raises:
         ValueError: shapes, dtypes, expert ids or slots that do not fit, or a backend that cannot run this.
     """
     spec = spec if spec is not None else ExpertSpec()
     slots = slots if slots is not None else experts
-    check_experts(hidden, gate_up, down, spec, biases, hidden_scale)
+    given = given_experts(gate_up, down, biases, scales)
+    check_experts(hidden, given, spec, hidden_scale)
     _check_places(hidden, gate_up, plan, experts, slots, out)
-    backend = choose_backend(backend, spec, hidden.dtype, hidden.device)
+    backend = choose_backend(backend, spec, hidden, gate_up).backend
     count_call(backend)
     if backend == "triton":
         from raymoe.kernels.triton_backend import expert_rows_triton
 
-        expert_rows_triton(hidden, gate_up, down, plan, experts, slots, out, spec, biases, hidden_scale)
-        return
+        expert_rows_triton(hidden, given, plan, experts, slots, out, spec, hidden_scale)
+    elif backend == "cpu":
+        expert_rows_cpu(hidden, given, plan, experts, slots, out, spec, hidden_scale)
+    else:
+        _loop(hidden, given, plan, experts, slots, out, spec, hidden_scale)
+
+
+def _loop(
+    hidden: Tensor,
+    weights: Experts,
+    plan: Plan,
+    experts: Sequence[int],
+    slots: Sequence[int],
+    out: Tensor,
+    spec: ExpertSpec,
+    hidden_scale: Tensor | None,
+) -> None:
     starts = plan.offsets.tolist()
     for e, slot in zip(experts, slots, strict=True):
         start, end = starts[e], starts[e + 1]
         if start == end:
             continue
         token = plan.token[start:end]
-        out[start:end] = expert_mlp(
-            hidden.index_select(0, token),
-            gate_up[slot],
-            down[slot],
-            spec,
-            biases[0][slot] if biases is not None else None,
-            biases[1][slot] if biases is not None else None,
-            hidden_scale.index_select(0, token) if hidden_scale is not None else None,
-        )
+        scale = hidden_scale.index_select(0, token) if hidden_scale is not None else None
+        one = weights.at(slot)
+        out[start:end] = expert_mlp(hidden.index_select(0, token), dequantized(one, hidden.dtype, spec), 0, spec, scale)
 
 
 def _check_places(

@@ -8,100 +8,142 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from raymoe.kernels.backend import is_interpreted
-from raymoe.kernels.tiles import TileConfig, Tiles
+from raymoe.kernels.configs import GemmConfig
+from raymoe.kernels.descriptors import row_operand, weight_operand
+from raymoe.kernels.epilogue import column_slice, scale_and_shift
+from raymoe.kernels.mainloop import multiply_tile, source_rows
+from raymoe.kernels.schedule import launch_options, tile_at, turn_tile, walk
+from raymoe.kernels.tiles import Tiles
 
 
 @triton.jit
-def load_tile(base, rows, row_stride, row_keep, cols, col_stride, col_keep, UPCAST: tl.constexpr):
-    """[rows, cols] of a matrix, zeros where not kept; addresses in int64."""
-    at = rows.to(tl.int64)[:, None] * row_stride + cols.to(tl.int64)[None, :] * col_stride
-    tile = tl.load(base + at, mask=row_keep[:, None] & col_keep[None, :], other=0.0)
-    # the interpreter holds bfloat16 as raw bits and computes garbage with them
-    return tile.to(tl.float32) if UPCAST else tile
-
-
-@triton.jit
-def source_rows(token, rows, keep, GATHER: tl.constexpr):
-    return tl.load(token + rows, mask=keep, other=0) if GATHER else rows
-
-
-@triton.jit
-def _gmm_kernel(
+def gmm_kernel(
     x,
     w,
+    weight_scale,
     bias,
     out,
     token,
     tile_row,
     tile_end,
     tile_slot,
+    num_row_tiles,
     num_cols,
     num_inner,
     x_stride,
     w_stride_e,
     w_stride_n,
     w_stride_k,
+    weight_scale_stride,
     bias_stride,
     GATHER: tl.constexpr,
+    ROWS_BY_TMA: tl.constexpr,
+    FORM: tl.constexpr,
+    IS_SWAPPED: tl.constexpr,
+    IS_PERSISTENT: tl.constexpr,
+    IS_FLATTENED: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLICES: tl.constexpr,
+    HAS_WEIGHT_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     UPCAST: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    first = tl.load(tile_row + tl.program_id(0))
-    end = tl.load(tile_end + tl.program_id(0))
-    if first >= end:
+    row_tiles = tl.load(num_row_tiles)
+    col_tiles = tl.cdiv(num_cols, BN)
+    BS: tl.constexpr = BN // SLICES
+    # the host launches as many programs as there might be tiles
+    if not IS_PERSISTENT and tl.program_id(0) >= row_tiles * col_tiles:
         return
-    slot = tl.load(tile_slot + tl.program_id(0)).to(tl.int64)
-    rows = first + tl.arange(0, BM)
-    row_keep = rows < end
-    source = source_rows(token, rows, row_keep, GATHER)
-    cols = tl.program_id(1) * BN + tl.arange(0, BN)
-    col_keep = cols < num_cols
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
-    # without it Triton 3.6 serialises the tensor-core pipeline of loops with a run-time bound
-    tl.assume(num_inner > 0)
-    for k in range(0, num_inner, BK):
-        inner = k + tl.arange(0, BK)
-        inner_keep = inner < num_inner
-        x_tile = load_tile(x, source, x_stride, row_keep, inner, 1, inner_keep, UPCAST)
-        w_tile = load_tile(w + slot * w_stride_e, inner, w_stride_k, inner_keep, cols, w_stride_n, col_keep, UPCAST)
-        acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
-    if HAS_BIAS:
-        acc += tl.load(bias + slot * bias_stride + cols, mask=col_keep, other=0.0).to(tl.float32)[None, :]
-    at = rows.to(tl.int64)[:, None] * num_cols + cols[None, :]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=row_keep[:, None] & col_keep[None, :])
+    start, stop, step = walk(row_tiles * col_tiles, IS_PERSISTENT)
+    for turn in tl.range(start, stop, step, flatten=IS_FLATTENED):
+        index = turn_tile(turn, IS_PERSISTENT)
+        row_tile, col_tile = tile_at(index, row_tiles, col_tiles, GROUP)
+        first = tl.load(tile_row + row_tile)
+        slot = tl.load(tile_slot + row_tile)
+        rows = first + tl.arange(0, BM)
+        row_keep = rows < tl.load(tile_end + row_tile)
+        first_col = col_tile * BN
+        cols = first_col + tl.arange(0, BN)
+        acc = multiply_tile(
+            x,
+            w,
+            source_rows(token, rows, row_keep, GATHER),
+            first,
+            row_keep,
+            slot,
+            first_col,
+            cols,
+            cols < num_cols,
+            num_inner,
+            x_stride,
+            w_stride_e,
+            w_stride_n,
+            w_stride_k,
+            ROWS_BY_TMA,
+            FORM,
+            IS_SWAPPED,
+            UPCAST,
+            BM,
+            BN,
+            BK,
+        )
+        out_row = out + rows.to(tl.int64)[:, None] * num_cols
+        for i in tl.static_range(SLICES):
+            cols = first_col + i * BS + tl.arange(0, BS)
+            col_keep = cols < num_cols
+            part = scale_and_shift(
+                column_slice(acc, i, SLICES),
+                slot,
+                cols,
+                col_keep,
+                weight_scale,
+                weight_scale_stride,
+                HAS_WEIGHT_SCALE,
+                bias,
+                bias_stride,
+                HAS_BIAS,
+            )
+            tl.store(out_row + cols[None, :], part.to(out.dtype.element_ty), mask=row_keep[:, None] & col_keep[None, :])
 
 
 def gmm(
     x: Tensor,
     weight: Tensor,
     tiles: Tiles,
-    config: TileConfig,
+    config: GemmConfig,
     out: Tensor,
     *,
     token: Tensor | None = None,
     bias: Tensor | None = None,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """Write the rows of the given tiles to `out`; other rows of it are left alone.
 
     Args:
         x: contiguous; [T, in] if `token` is given, else [S, in].
-        weight: [slots, out, in] of any strides: a transposed view serves transposed layouts and input gradients alike.
+        weight: [slots, out, in] of any strides: a transposed view serves transposed layouts and input gradients alike. Of
+            x's type, or int8 or float8 with `weight_scale`.
         out: contiguous [S, out].
         token: int64 [S], the row of `x` that each sorted row reads.
         bias: [slots, out], the last dimension contiguous.
+        weight_scale: float32 [slots, out], what each output channel of quantised weights is multiplied with, before the bias;
+            the last dimension contiguous.
     """
     num_cols, num_inner = weight.shape[1:]
-    grid = (tiles.row.numel(), triton.cdiv(num_cols, config.cols))
-    if grid[0] == 0:
+    num_tiles = tiles.row.numel() * triton.cdiv(num_cols, config.cols)
+    if num_tiles == 0:
         return out
+    launch = launch_options(config, num_tiles, x.device)
+    x_operand, rows_by_tma = row_operand(x, config) if token is None else (x, False)
+    w_operand, form = weight_operand(weight, config)
     with torch.cuda.device_of(x):
-        _gmm_kernel[grid](
-            x,
-            weight,
+        gmm_kernel[launch.grid](
+            x_operand,
+            w_operand,
+            weight_scale,
             bias,
             out,
             token,
@@ -110,14 +152,14 @@ def gmm(
             num_inner,
             x.stride(0),
             *weight.stride(),
+            weight_scale.stride(0) if weight_scale is not None else 0,
             bias.stride(0) if bias is not None else 0,
             GATHER=token is not None,
+            ROWS_BY_TMA=rows_by_tma,
+            FORM=form,
+            HAS_WEIGHT_SCALE=weight_scale is not None,
             HAS_BIAS=bias is not None,
-            UPCAST=is_interpreted(),
-            BM=config.rows,
             BN=config.cols,
-            BK=config.inner,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **launch.options,
         )
     return out

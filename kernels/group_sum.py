@@ -1,4 +1,8 @@
-"""Weighted sum of each expert's rows: the gradient of expert biases.  S = routed rows, E experts, N columns."""
+"""Weighted sum of each expert's rows: the gradient of expert biases.  S = routed rows, E experts, N columns.
+
+First every tile of rows is summed by a program of its own, so that a popular expert holds up nobody; then the partial
+sums of each expert are added in the order of its tiles.
+"""
 
 import torch
 import triton
@@ -6,37 +10,74 @@ import triton.language as tl
 from torch import Tensor
 
 from raymoe.kernels.backend import is_interpreted
-from raymoe.kernels.gmm import load_tile, source_rows
+from raymoe.kernels.tiles import tile_table_of
+
+TILE_ROWS = 256
 
 
 @triton.jit
-def _group_sum_kernel(
+def _tile_sum_kernel(
     rows_in,
     row_weight,
-    out,
+    parts,
     token,
-    offsets,
+    tile_row,
+    tile_end,
     num_cols,
     GATHER: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
-    UPCAST: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
     BK: tl.constexpr,
     BN: tl.constexpr,
 ):
-    expert = tl.program_id(1)
-    first = tl.load(offsets + expert)
-    end = tl.load(offsets + expert + 1)
-    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    tile = tl.program_id(0)
+    first = tl.load(tile_row + tile)
+    end = tl.minimum(tl.load(tile_end + tile), first + TILE_ROWS)
+    if first >= end:
+        return
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
     col_keep = cols < num_cols
     acc = tl.zeros((BN,), dtype=tl.float32)
-    for r in range(first, end, BK):
-        rows = r + tl.arange(0, BK)
+    for at in range(first, end, BK):
+        rows = at + tl.arange(0, BK)
         keep = rows < end
-        source = source_rows(token, rows, keep, GATHER)
-        tile = load_tile(rows_in, source, num_cols, keep, cols, 1, col_keep, UPCAST).to(tl.float32)
+        # rows behind the last are loaded as the last one, and dropped by selection: see gather_sum
+        rows = tl.minimum(rows, end - 1)
+        source = tl.load(token + rows) if GATHER else rows.to(tl.int64)
+        part = tl.load(rows_in + source[:, None] * num_cols + cols[None, :], mask=col_keep[None, :], other=0.0)
+        part = tl.where(keep[:, None], part, 0.0).to(tl.float32)
         if HAS_WEIGHT:
-            tile *= tl.load(row_weight + rows, mask=keep, other=0.0).to(tl.float32)[:, None]
-        acc += tl.sum(tile, axis=0)
+            part *= tl.load(row_weight + rows).to(tl.float32)[:, None]
+        acc += tl.sum(part, axis=0)
+    tl.store(parts + tile.to(tl.int64) * num_cols + cols, acc, mask=col_keep)
+
+
+@triton.jit
+def _expert_sum_kernel(
+    parts,
+    out,
+    offsets,
+    num_cols,
+    TILE_ROWS: tl.constexpr,
+    BE: tl.constexpr,
+    BK: tl.constexpr,
+    BN: tl.constexpr,
+):
+    expert = tl.program_id(0)
+    # how many tiles come before this expert's
+    before = tl.arange(0, BE)
+    starts = tl.load(offsets + before, mask=before < expert, other=0)
+    ends = tl.load(offsets + before + 1, mask=before < expert, other=0)
+    first = tl.sum(tl.cdiv(ends - starts, TILE_ROWS), axis=0)
+    end = first + tl.cdiv(tl.load(offsets + expert + 1) - tl.load(offsets + expert), TILE_ROWS)
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    col_keep = cols < num_cols
+    acc = tl.zeros((BN,), dtype=tl.float32)
+    for at in range(first, end, BK):
+        tiles = at + tl.arange(0, BK)
+        keep = (tiles < end)[:, None] & col_keep[None, :]
+        part = tl.load(parts + tiles.to(tl.int64)[:, None] * num_cols + cols[None, :], mask=keep, other=0.0)
+        acc += tl.sum(part, axis=0)
     tl.store(out + expert.to(tl.int64) * num_cols + cols, acc.to(out.dtype.element_ty), mask=col_keep)
 
 
@@ -52,22 +93,40 @@ def group_sum(
         token: int64 [S], the row of `rows` that each sorted row reads.
     """
     num_experts, num_cols = offsets.numel() - 1, rows.shape[1]
+    num_rows = token.numel() if token is not None else rows.shape[0]
     out = rows.new_empty(num_experts, num_cols)
-    if num_experts == 0:
-        return out
-    block_cols = 64
+    if out.numel() == 0 or num_rows == 0:
+        return out.zero_()
+    # one warp a program, 16 bytes a thread and row: all rows of a block are in the same threads, and on their way at once
+    tile_rows, block_rows, block_cols = (32, 8, 64) if is_interpreted() else (TILE_ROWS, 8, 512 // rows.element_size())
+    tiles = tile_table_of(offsets, num_rows, tile_rows)
+    parts = rows.new_empty(tiles.row.numel(), num_cols, dtype=torch.float32)
+    col_blocks = triton.cdiv(num_cols, block_cols)
     with torch.cuda.device_of(rows):
-        _group_sum_kernel[(triton.cdiv(num_cols, block_cols), num_experts)](
+        _tile_sum_kernel[(tiles.row.numel(), col_blocks)](
             rows,
             row_weight,
-            out,
+            parts,
             token,
-            offsets,
+            tiles.row,
+            tiles.end,
             num_cols,
             GATHER=token is not None,
             HAS_WEIGHT=row_weight is not None,
-            UPCAST=is_interpreted(),
-            BK=32,
+            TILE_ROWS=tile_rows,
+            BK=block_rows,
             BN=block_cols,
+            num_warps=1,
+        )
+        _expert_sum_kernel[(num_experts, col_blocks)](
+            parts,
+            out,
+            offsets,
+            num_cols,
+            TILE_ROWS=tile_rows,
+            BE=triton.next_power_of_2(num_experts),
+            BK=block_rows,
+            BN=block_cols,
+            num_warps=2,
         )
     return out

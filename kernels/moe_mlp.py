@@ -5,10 +5,20 @@ T tokens, K choices per token, E experts, H hidden size, I expert width.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from raymoe.kernels.backend import choose_backend, count_call
+from raymoe.kernels.backend import Choice, choose_backend, count_call
+from raymoe.kernels.checks import check_experts, check_grad_into, check_routing, given_experts
+from raymoe.kernels.combine import combine
+from raymoe.kernels.cpu_backend import expert_rows_cpu
+from raymoe.kernels.fused import moe_mlp_fused
+from raymoe.kernels.operands import Experts
+from raymoe.kernels.plan import plan
+from raymoe.kernels.quantize import dequantized
+from raymoe.kernels.reference import moe_mlp_reference
 from raymoe.kernels.spec import ExpertSpec
+from raymoe.kernels.torch_backend import moe_mlp_torch
 
 
 def moe_mlp(
@@ -22,6 +32,8 @@ def moe_mlp(
     spec: ExpertSpec | None = None,
     biases: tuple[Tensor, Tensor] | None = None,
     hidden_scale: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+    grad_into: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Route each token through its experts and sum what they answer, weighted, in choice order.
@@ -39,7 +51,10 @@ def moe_mlp(
         spec: what the model's family differs in.
         biases: ([E, 2I] added before the gate, [E, H] added after down).
         hidden_scale: [T, I], multiplies the activated inner row of a token in each of its experts.
-        backend: auto | triton | torch | reference. "auto" yields to RAYMOE_KERNELS, then to the device.
+        scales: with weights in 8 bits, the pair that `quantize_experts` returned; forward only.
+        grad_into: buffers like the two weights: backward adds the weights' gradients to them, touching only experts that had
+            rows, and the weights themselves get none.
+        backend: auto | triton | cpu | torch | reference. "auto" yields to RAYMOE_KERNELS, then to what `explain` says.
 
     Returns:
         [T, H] in the dtype of `hidden`.
@@ -48,17 +63,65 @@ def moe_mlp(
         ValueError: shapes, dtypes or devices that do not fit each other, or a backend that cannot run this.
     """
     spec = _merge(activation, spec)
-    check_experts(hidden, gate_up, down, spec, biases, hidden_scale)
-    _check_routing(hidden, expert_index, expert_weight)
-    backend = choose_backend(backend, spec, hidden.dtype, hidden.device)
-    if backend == "triton":
-        from raymoe.kernels.triton_backend import moe_mlp_triton as run
-    elif backend == "torch":
-        from raymoe.kernels.torch_backend import moe_mlp_torch as run
-    else:
-        from raymoe.kernels.reference import moe_mlp_reference as run
+    experts = given_experts(gate_up, down, biases, scales)
+    check_experts(hidden, experts, spec, hidden_scale)
+    check_routing(hidden, expert_index, expert_weight)
+    if grad_into is not None:
+        check_grad_into(experts, grad_into)
+    needs_grad = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (hidden, *experts, expert_weight, hidden_scale)
+    )
+    if needs_grad and scales is not None:
+        raise ValueError("quantised weights (scales) have no backward pass; call it under torch.no_grad()")
+    backend = choose_backend(backend, spec, hidden, gate_up, needs_grad=needs_grad).backend
     count_call(backend)
-    return run(hidden, gate_up, down, expert_index, expert_weight, spec, biases, hidden_scale)
+    if backend == "triton":
+        return moe_mlp_fused(hidden, experts, expert_index, expert_weight, spec, hidden_scale, grad_into)
+    if backend == "cpu":
+        return _on_cpu(hidden, experts, expert_index, expert_weight, spec, hidden_scale)
+    experts = dequantized(experts, hidden.dtype, spec)
+    if backend == "torch":
+        return moe_mlp_torch(hidden, experts, expert_index, expert_weight, spec, hidden_scale, grad_into)
+    if grad_into is not None:
+        raise ValueError("backend='reference' leaves gradients to autograd and takes no grad_into")
+    return moe_mlp_reference(hidden, experts, expert_index, expert_weight, spec, hidden_scale)
+
+
+def explain(
+    hidden: Tensor,
+    gate_up: Tensor,
+    *,
+    spec: ExpertSpec | None = None,
+    needs_grad: bool = False,
+    backend: str = "auto",
+) -> Choice:
+    """Which backend `moe_mlp` and `expert_rows` take for rows and weights like these, and why.
+
+    Args:
+        hidden: [T, H]; only its dtype and device count.
+        gate_up: the weights; only their dtype counts.
+        needs_grad: whether a gradient of anything will be wanted.
+
+    Raises:
+        ValueError: as `moe_mlp` for the backend.
+    """
+    return choose_backend(backend, spec if spec is not None else ExpertSpec(), hidden, gate_up, needs_grad=needs_grad)
+
+
+@torch.no_grad()
+def _on_cpu(
+    hidden: Tensor,
+    experts: Experts,
+    expert_index: Tensor,
+    expert_weight: Tensor,
+    spec: ExpertSpec,
+    hidden_scale: Tensor | None,
+) -> Tensor:
+    routing = plan(expert_index, experts.gate_up.shape[0])
+    rows = hidden.new_empty(expert_index.numel(), hidden.shape[1])
+    everyone = range(routing.num_experts)
+    expert_rows_cpu(hidden, experts, routing, everyone, everyone, rows, spec, hidden_scale)
+    return combine(rows, routing, expert_weight)
 
 
 def _merge(activation: str, spec: ExpertSpec | None) -> ExpertSpec:
@@ -69,67 +132,3 @@ def _merge(activation: str, spec: ExpertSpec | None) -> ExpertSpec:
             f"activation={activation!r} contradicts spec.activation={spec.activation!r}; give only one of them"
         )
     return spec
-
-
-def check_experts(
-    hidden: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    spec: ExpertSpec,
-    biases: tuple[Tensor, Tensor] | None,
-    hidden_scale: Tensor | None,
-) -> None:
-    """Raises ValueError, naming the argument, where rows and expert weights do not fit each other."""
-    if hidden.ndim != 2 or not hidden.is_floating_point():
-        raise ValueError(f"hidden must be a float tensor [T, H], got {hidden.dtype} {tuple(hidden.shape)}")
-    if gate_up.ndim != 3 or down.ndim != 3:
-        raise ValueError(
-            f"gate_up and down must be [E, out, in], got {tuple(gate_up.shape)} and {tuple(down.shape)}; "
-            "stack the experts along the first dimension"
-        )
-    num_tokens, hidden_size = hidden.shape
-    num_experts = gate_up.shape[0]
-    inner_size = down.shape[1 if spec.is_transposed else 2]
-    up_size = spec.gate_up_factor * inner_size
-    layout = "[E, in, out] (spec.is_transposed)" if spec.is_transposed else "[E, out, in]"
-    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        "gate_up": (gate_up, _oriented(num_experts, up_size, hidden_size, spec)),
-        "down": (down, _oriented(num_experts, hidden_size, inner_size, spec)),
-    }
-    if biases is not None:
-        expected["biases[0]"] = (biases[0], (num_experts, up_size))
-        expected["biases[1]"] = (biases[1], (num_experts, hidden_size))
-    if hidden_scale is not None:
-        expected["hidden_scale"] = (hidden_scale, (num_tokens, inner_size))
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} is {tuple(tensor.shape)}, expected {shape}: hidden is {tuple(hidden.shape)}, down is "
-                f"{tuple(down.shape)}, weights are {layout}, is_gated={spec.is_gated}"
-            )
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}; move one of them")
-        if name == "hidden_scale":
-            if not tensor.is_floating_point():
-                raise ValueError(f"hidden_scale must be a float tensor, got {tensor.dtype}")
-        elif tensor.dtype != hidden.dtype:
-            raise ValueError(f"{name} is {tensor.dtype}, hidden is {hidden.dtype}; cast one of them")
-
-
-def _oriented(num_experts: int, out_size: int, in_size: int, spec: ExpertSpec) -> tuple[int, int, int]:
-    return (num_experts, in_size, out_size) if spec.is_transposed else (num_experts, out_size, in_size)
-
-
-def _check_routing(hidden: Tensor, expert_index: Tensor, expert_weight: Tensor) -> None:
-    if expert_index.ndim != 2 or expert_index.shape[0] != hidden.shape[0]:
-        raise ValueError(
-            f"expert_index must be [T, K] with T={hidden.shape[0]} as in hidden, got {tuple(expert_index.shape)}"
-        )
-    if expert_weight.shape != expert_index.shape or not expert_weight.is_floating_point():
-        raise ValueError(
-            f"expert_weight must be a float tensor {tuple(expert_index.shape)} as expert_index is, "
-            f"got {expert_weight.dtype} {tuple(expert_weight.shape)}"
-        )
-    for name, tensor in (("expert_index", expert_index), ("expert_weight", expert_weight)):
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}; move one of them")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from raymoe.kernels.backend import has_triton
 
 
 class Plan(NamedTuple):
@@ -47,9 +50,15 @@ def plan(expert_index: Tensor, num_experts: int) -> Plan:
             f"expert_index must be an integer tensor [T, K], got {expert_index.dtype} {tuple(expert_index.shape)}"
         )
     device = expert_index.device
+    is_compiling = torch.compiler.is_compiling()
+    if device.type == "cuda" and has_triton() and not is_compiling:
+        from raymoe.kernels.plan_triton import plan_triton
+
+        return plan_triton(expert_index, num_experts)
     num_tokens, top_k = expert_index.shape
     expert, order = expert_index.reshape(-1).to(torch.int64).sort(stable=True)
-    if device.type == "cpu" and expert.numel() and not 0 <= int(expert[0]) <= int(expert[-1]) <= num_experts:
+    is_readable = device.type == "cpu" and not is_compiling
+    if is_readable and expert.numel() and not 0 <= int(expert[0]) <= int(expert[-1]) <= num_experts:
         raise ValueError(
             f"expert_index holds values from {int(expert[0])} to {int(expert[-1])}, "
             f"but there are {num_experts} experts; use 0 to {num_experts - 1}, or {num_experts} for no expert"
@@ -57,15 +66,24 @@ def plan(expert_index: Tensor, num_experts: int) -> Plan:
     bounds = torch.arange(num_experts + 1, device=device)
     offsets = torch.searchsorted(expert, bounds, out_int32=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=device))
-    token = order // top_k if top_k else order
+    token = order // max(top_k, 1)
     return Plan(order, token, expert, inverse.view(num_tokens, top_k), offsets)
 
 
 def real_rows(plan: Plan) -> int | None:
-    """How many rows have an expert, where the host may read it for nothing (CPU); None on a device."""
-    return int(plan.offsets[-1]) if plan.offsets.device.type == "cpu" else None
+    """How many rows have an expert, where the host may read it for nothing: not on a device, not in a compiled graph."""
+    if plan.offsets.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    return int(plan.offsets[-1])
 
 
 def has_expert(plan: Plan) -> Tensor:
     """bool [S]: whether a sorted row has an expert."""
     return plan.expert < plan.num_experts
+
+
+def row_places(ends: list[int], experts: list[int]) -> slice | Tensor:
+    """Sorted rows of these experts, in their order: a slice where they follow one another. `ends` is a plan's offsets."""
+    if all(ends[a + 1] == ends[b] for a, b in pairwise(experts)):
+        return slice(ends[experts[0]], ends[experts[-1] + 1])
+    return torch.tensor([row for e in experts for row in range(ends[e], ends[e + 1])])

@@ -9,21 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raymoe.kernels.operands import Experts
 from raymoe.kernels.spec import ExpertSpec, apply_gate
 
 
-def expert_mlp(
-    x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    spec: ExpertSpec,
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> Tensor:
-    """One expert's rows [n, H] -> [n, H], before the routing weight; weights are that expert's matrices."""
+def expert_mlp(x: Tensor, experts: Experts, slot: int, spec: ExpertSpec, scale: Tensor | None = None) -> Tensor:
+    """Rows [n, H] of the expert at a slot -> [n, H], before the routing weight; scale [n, I]."""
+    gate_up, down = experts.gate_up[slot], experts.down[slot]
     if spec.is_transposed:
         gate_up, down = gate_up.T, down.T
+    gate_up_bias, down_bias = (None if b is None else b[slot] for b in (experts.gate_up_bias, experts.down_bias))
     inner = apply_gate(F.linear(x, gate_up, gate_up_bias), spec)
     if scale is not None:
         inner = (inner * scale).to(x.dtype)
@@ -33,28 +28,18 @@ def expert_mlp(
 
 def moe_mlp_reference(
     hidden: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    experts: Experts,
     expert_index: Tensor,
     expert_weight: Tensor,
     spec: ExpertSpec,
-    biases: tuple[Tensor, Tensor] | None,
     hidden_scale: Tensor | None,
 ) -> Tensor:
     """`moe_mlp` in the plainest form; the truth the other backends are tested against."""
     acc_dtype = torch.promote_types(torch.promote_types(hidden.dtype, torch.float32), expert_weight.dtype)
     out = torch.zeros_like(hidden, dtype=acc_dtype)
-    gate_up_bias, down_bias = biases if biases is not None else (None, None)
-    for e in range(gate_up.shape[0]):
+    for e in range(experts.gate_up.shape[0]):
         token, choice = (expert_index == e).nonzero(as_tuple=True)
-        rows = expert_mlp(
-            hidden[token],
-            gate_up[e],
-            down[e],
-            spec,
-            gate_up_bias[e] if gate_up_bias is not None else None,
-            down_bias[e] if down_bias is not None else None,
-            hidden_scale[token] if hidden_scale is not None else None,
-        )
+        scale = hidden_scale[token] if hidden_scale is not None else None
+        rows = expert_mlp(hidden[token], experts, e, spec, scale)
         out = out.index_add(0, token, rows * expert_weight[token, choice, None].to(acc_dtype))
     return out.to(hidden.dtype)

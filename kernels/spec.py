@@ -71,13 +71,18 @@ class ExpertSpec:
         return 2 if self.is_gated else 1
 
 
-def apply_gate(pre: Tensor, spec: ExpertSpec) -> Tensor:
-    """Activated inner rows [S, I] of pre-activations [S, 2I] ([S, I] if not gated); differentiable, in the dtype of `pre`."""
+def apply_gate(pre: Tensor, spec: ExpertSpec, dim: int = -1) -> Tensor:
+    """Activated inner rows [S, I] of pre-activations [S, 2I] ([S, I] if not gated); differentiable, in the dtype of `pre`.
+
+    `dim` says where the 2I stands, for pre-activations that lie otherwise.
+    """
     if spec.gate_fn is not None:
-        return spec.gate_fn(pre)
+        return spec.gate_fn(pre.movedim(dim, -1)).movedim(-1, dim)
     if not spec.is_gated:
         return ACTIVATIONS[spec.activation](pre)
-    gate, up = (pre[..., ::2], pre[..., 1::2]) if spec.is_interleaved else pre.chunk(2, dim=-1)
+    gate, up = (
+        pre.unflatten(dim, (-1, 2)).unbind(dim if dim < 0 else dim + 1) if spec.is_interleaved else pre.chunk(2, dim)
+    )
     if spec.gate_limit is not None:
         gate = gate.clamp(max=spec.gate_limit)
         up = up.clamp(min=-spec.gate_limit, max=spec.gate_limit)
@@ -88,12 +93,14 @@ def apply_gate(pre: Tensor, spec: ExpertSpec) -> Tensor:
     return ACTIVATIONS[spec.activation](gate) * up
 
 
-def triton_refusal(spec: ExpertSpec, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot run this spec in this dtype, or None if they can."""
+def triton_refusal(spec: ExpertSpec, dtype: torch.dtype, weight_dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run this spec on rows and weights of these dtypes, or None if they can."""
     if spec.gate_fn is not None:
         return "spec.gate_fn is a Python function"
     if spec.post_norm is not None:
         return "spec.post_norm is a Python function"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"dtype {dtype} is not float32, float16 or bfloat16"
+    if weight_dtype != dtype and dtype != torch.bfloat16:
+        return f"with weights in {weight_dtype} it takes bfloat16 rows, not {dtype}"
     return None

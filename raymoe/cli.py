@@ -61,6 +61,26 @@ def serve(model: Annotated[Path, typer.Argument(help="Hugging Face directory.")]
     run(checked, _console())
 
 
+bench = typer.Typer(help="Measure raymoe on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command()
+def kernels(
+    shapes: Annotated[str | None, typer.Option(help="Names, comma-separated: olmoe,mixtral-8x7b*0.5 ...")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Batch sizes, comma-separated; on CUDA the planned ones.")] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="First find this GPU's tiles, and keep them as its table.")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="Folder for results and logs on CUDA.")] = Path("runs/kernels"),
+    json: Json = None,
+) -> None:
+    """Time the expert kernels of this machine beside others' on the same operands, each with its error."""
+    from raymoe.commands.bench import bench_kernels
+
+    bench_kernels(shapes, tokens, tune, output, _console(), json)
+
+
 def main() -> None:
     """Entry point: bad input and failed runs are one clear message on stderr, not a traceback."""
     logging.basicConfig(level=env.log_level(), format="%(levelname)s %(name)s: %(message)s")

@@ -19,7 +19,7 @@ from raymoe.inference.experts import CachedExperts
 from raymoe.inference.meter import Meter
 from raymoe.inference.requests import Delta, EngineError, FinishReason, SamplingParams
 from raymoe.inference.tiers import CheckpointTier
-from raymoe.models import attach_runtime, load_without_experts
+from raymoe.models import attach_runtime, load_without_experts, warm_up_layers
 
 
 @dataclass
@@ -81,6 +81,7 @@ class InferenceEngine:
             device=device,
         )
         attach_runtime(loaded, CachedExperts(self.cache, files.layers))
+        warm_up_layers(files.layers, getattr(torch, dtype), torch.device(device), is_training=False)
         self._stop_ids = _end_tokens(loaded.generation_config.eos_token_id, self._config.eos_token_id)
         self._facts = {
             "model_type": loaded.config.model_type,

@@ -7,6 +7,7 @@ from raymoe.models.checkpoint import ExpertFiles, load_without_experts
 from raymoe.models.experts_function import ExpertsRuntime, attach_runtime, detach_runtime
 from raymoe.models.layers import MoELayer, expert_parameter_names, moe_layers, spec_of, weights_of
 from raymoe.models.layout import ExpertField, ExpertLayout
+from raymoe.models.warm import warm_up_layers
 from raymoe.models.writer import CheckpointWriter
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "load_without_experts",
     "moe_layers",
     "spec_of",
+    "warm_up_layers",
     "weights_of",
 ]

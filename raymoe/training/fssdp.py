@@ -108,7 +108,16 @@ class SparseExperts:
         slot_MK = step.slots[index_MK]
         self.computed_rows[layer.index] = (slot_MK < len(shard.pool)).sum()
         gate_up, down, biases = shard.weights()
-        partial_M = moe_mlp(hidden_M, gate_up, down, slot_MK, weight_MK, spec=layer.spec, biases=biases)
+        partial_M = moe_mlp(
+            hidden_M,
+            gate_up,
+            down,
+            slot_MK,
+            weight_MK,
+            spec=layer.spec,
+            biases=biases,
+            grad_into=shard.weight_gradients(),
+        )
         return gather_sum(exchange(partial_M, *back), routes)
 
     def finish_backward(self) -> None:

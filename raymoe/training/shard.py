@@ -62,6 +62,11 @@ class ExpertShard:
         """(gate_up, down, biases) over all slots; their gradients land in `gradient`."""
         return weights_of(self.layer, self.leaves)
 
+    def weight_gradients(self) -> tuple[Tensor, Tensor]:
+        """Where the gradients of gate_up and down are added up, over all slots."""
+        gate_up, down, _ = weights_of(self.layer, self._gradients)
+        return gate_up, down
+
     @property
     def owned_gradient(self) -> Tensor:
         """[N, numel], a view."""
@@ -76,12 +81,12 @@ class ExpertShard:
 
     def _bind(self) -> None:
         self.gradient = torch.zeros_like(self.pool)
-        gradients = self.layer.layout.views(self.gradient)
+        self._gradients = self.layer.layout.views(self.gradient)
         self.leaves = {
             name: view.detach().requires_grad_() for name, view in self.layer.layout.views(self.pool).items()
         }
         for name, leaf in self.leaves.items():
-            leaf.grad = gradients[name]
+            leaf.grad = self._gradients[name]
             leaf.register_post_accumulate_grad_hook(self._field_done)
 
     def _field_done(self, _leaf: Tensor) -> None:

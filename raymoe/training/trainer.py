@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from raymoe.config import OptimizerConfig
-from raymoe.models import CheckpointWriter, ExpertFiles, expert_parameter_names
+from raymoe.models import CheckpointWriter, ExpertFiles, expert_parameter_names, warm_up_layers
 from raymoe.placement import ClusterSpec, PlacementState, Plan, policy
 from raymoe.training.batches import rank_slice
 from raymoe.training.fssdp import SparseExperts
@@ -91,6 +91,7 @@ class Trainer:
         self._agreed = config.publication.version
         self.experts = SparseExperts(model, owners.tolist(), world, self._cluster)
         self._read_owned(files)
+        warm_up_layers(self.experts.layers, model.dtype, world.device, is_training=True)
         self._router_logits = RouterLogits(self.experts.layers)
         expert_parameters = expert_parameter_names(self.experts.layers)
         dense = [p for name, p in model.named_parameters() if name not in expert_parameters]

@@ -3,13 +3,15 @@
 T tokens, K choices per token, E experts, H hidden size, I expert width.
 """
 
+from __future__ import annotations
+
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from raymoe.kernels import ExpertSpec, moe_mlp
+from raymoe.kernels import ExpertSpec, combine, expert_rows, moe_mlp, plan
 
 SPECS = {
     "silu": ExpertSpec(),
@@ -44,7 +46,7 @@ def oracle(
     down_bias: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """[T, H]; differentiable, one (token, choice) at a time."""
+    """[T, H]; differentiable, one (token, choice) at a time. A spec's own functions get rows one by one, in float64."""
     outputs = []
     for t, choices in enumerate(index):
         total = 0 * hidden[t]
@@ -55,7 +57,9 @@ def oracle(
             pre = matrix @ hidden[t]
             if gate_up_bias is not None:
                 pre = pre + gate_up_bias[e]
-            if spec.is_gated:
+            if spec.gate_fn is not None:
+                inner = spec.gate_fn(pre[None])[0]
+            elif spec.is_gated:
                 half = pre.numel() // 2
                 gate, up = (pre[0::2], pre[1::2]) if spec.is_interleaved else (pre[:half], pre[half:])
                 if spec.gate_limit is not None:
@@ -71,6 +75,8 @@ def oracle(
             row = (down[e].T if spec.is_transposed else down[e]) @ inner
             if down_bias is not None:
                 row = row + down_bias[e]
+            if spec.post_norm is not None:
+                row = spec.post_norm(row[None])[0]
             total = total + weight[t, k] * row
         outputs.append(total)
     return torch.stack(outputs) if outputs else hidden * 1
@@ -100,7 +106,7 @@ class Case:
     def biases(self) -> tuple[Tensor, Tensor] | None:
         return (self.gate_up_bias, self.down_bias) if self.gate_up_bias is not None else None
 
-    def run(self, backend: str) -> Tensor:
+    def run(self, backend: str, **options: object) -> Tensor:
         return moe_mlp(
             self.hidden,
             self.gate_up,
@@ -111,7 +117,44 @@ class Case:
             biases=self.biases,
             hidden_scale=self.scale,
             backend=backend,
+            **options,
         )
+
+    def rows(self, parts: list[list[int]], backend: str, slots: dict[int, int] | None = None, **options) -> Tensor:
+        """The layer the way serving computes it: the rows of some experts at a time, then one sum."""
+        routing = plan(self.index, self.gate_up.shape[0] if slots is None else len(slots))
+        rows = torch.full((self.index.numel(), self.hidden.shape[1]), math.nan, dtype=self.hidden.dtype)
+        for part in parts:
+            expert_rows(
+                self.hidden,
+                self.gate_up,
+                self.down,
+                routing,
+                part,
+                slots=[slots[e] for e in part] if slots is not None else None,
+                out=rows,
+                spec=self.spec,
+                biases=self.biases,
+                hidden_scale=self.scale,
+                backend=backend,
+                **options,
+            )
+        return combine(rows, routing, self.weight.detach())
+
+    def pooled(self, slots: dict[int, int], num_slots: int) -> Case:
+        """The same case with the experts at slots of one flat buffer; everything else in it is NaN."""
+        names = ("gate_up", "down", "gate_up_bias", "down_bias")
+        given = {name: getattr(self, name).detach() for name in names if getattr(self, name) is not None}
+        sizes = [x[0].numel() for x in given.values()]
+        # a slot's length is a multiple of 16 bytes, as the buffers of serving are
+        padding = 8 + -sum(sizes) % 8
+        buffer = torch.full((num_slots, sum(sizes) + padding), math.nan, dtype=self.hidden.dtype)
+        views = {}
+        for (name, x), part in zip(given.items(), buffer.split([*sizes, padding], dim=1), strict=False):
+            views[name] = part.view(num_slots, *x.shape[1:])
+            for e, slot in slots.items():
+                views[name][slot] = x[e]
+        return replace(self, **views)
 
 
 def make_case(
@@ -157,6 +200,14 @@ def make_case(
     )
 
 
+def routed(counts: list[int], *, top_k: int = 1, without: int = 0, seed: int = 0) -> Tensor:
+    """An index [T, K] that gives expert e counts[e] rows, in random order, and `without` more (and a rest) no expert."""
+    rows = sum(counts) + without
+    given = torch.tensor([*counts, without + -rows % top_k])
+    index = torch.arange(len(counts) + 1).repeat_interleave(given)
+    return index[torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))].view(-1, top_k)
+
+
 def relative_error(got: Tensor, want: Tensor) -> float:
     """|got - want| / |want| in float64; where nothing is wanted, whether anything came (NaN included)."""
     got, want = got.double(), want.double()
@@ -167,6 +218,15 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
+def truth(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
+    """The oracle's output for a case in float64, and the float64 leaves that it is differentiable in."""
+    names = ("hidden", "gate_up", "down", "weight", "gate_up_bias", "down_bias", "scale")
+    given = {name: getattr(case, name) for name in names if getattr(case, name) is not None}
+    exact = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in given.items()}
+    hidden, gate_up, down, weight, *extras = (exact.get(name) for name in names)
+    return oracle(hidden, gate_up, down, case.index.tolist(), weight, case.spec, *extras), exact
+
+
 def errors(case: Case, backend: str) -> dict[str, float]:
     """Relative error of the output and of every gradient against the oracle."""
     out = case.run(backend)
@@ -174,16 +234,11 @@ def errors(case: Case, backend: str) -> dict[str, float]:
     leaves = case.leaves
     got = torch.autograd.grad(out, list(leaves.values()), case.grad_out)
     assert [g.dtype for g in got] == [x.dtype for x in leaves.values()]
-
-    names = ("hidden", "gate_up", "down", "weight", "gate_up_bias", "down_bias", "scale")
-    given = {name: getattr(case, name) for name in names if getattr(case, name) is not None}
-    exact = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in given.items()}
-    hidden, gate_up, down, weight, *extras = (exact.get(name) for name in names)
-    truth = oracle(hidden, gate_up, down, case.index.tolist(), weight, case.spec, *extras)
+    want_out, exact = truth(case)
     want = torch.autograd.grad(
-        truth, [exact[name] for name in leaves], case.grad_out.double(), allow_unused=True, materialize_grads=True
+        want_out, [exact[name] for name in leaves], case.grad_out.double(), allow_unused=True, materialize_grads=True
     )
-    result = {"out": relative_error(out, truth)}
+    result = {"out": relative_error(out, want_out)}
     return result | {name: relative_error(g, w) for name, g, w in zip(leaves, got, want, strict=True)}
 
 

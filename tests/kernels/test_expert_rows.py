@@ -5,54 +5,33 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raymoe.kernels import combine, expert_rows, plan
-from tests.kernels.oracle import SPECS, Case, make_case, relative_error
+from raymoe.kernels import expert_rows, plan
+from tests.kernels.oracle import SPECS, make_case, relative_error
 
 EXPERTS = 5
 # both compute the same rows, but the torch backends multiply them in other batches
 TOLERANCE = 2e-6
 
 
-def layer(case: Case, parts: list[list[int]], backend: str, slots: dict[int, int] | None = None) -> torch.Tensor:
-    """The layer the way serving computes it: some experts at a time, then one sum."""
-    routing = plan(case.index, EXPERTS)
-    rows = torch.full((case.index.numel(), case.hidden.shape[1]), float("nan"), dtype=case.hidden.dtype)
-    for part in parts:
-        expert_rows(
-            case.hidden,
-            case.gate_up,
-            case.down,
-            routing,
-            part,
-            slots=[slots[e] for e in part] if slots else None,
-            out=rows,
-            spec=case.spec,
-            biases=case.biases,
-            hidden_scale=case.scale,
-            backend=backend,
-        )
-    return combine(rows, routing, case.weight.detach())
-
-
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 def test_equals_moe_mlp(backend, name):
     case = make_case(SPECS[name], with_extras=True)
-    assert relative_error(layer(case, [[3, 1], [0], [4, 2]], backend), case.run("reference")) <= TOLERANCE
+    assert relative_error(case.rows([[3, 1], [0], [4, 2]], backend), case.run("reference")) <= TOLERANCE
 
 
 @pytest.mark.parametrize(("backend", "examples"), [("torch", 20), ("triton", 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_split_and_order_do_not_matter(backend, examples, dtype):
     case = make_case(tokens=21, dtype=dtype, with_extras=True)
-    whole = layer(case, [list(range(EXPERTS))], backend)
+    whole = case.rows([list(range(EXPERTS))], backend)
 
     @settings(max_examples=examples, deadline=None)
     @given(order=st.permutations(range(EXPERTS)), cuts=st.sets(st.integers(1, EXPERTS - 1)))
     def check(order, cuts):
         bounds = [0, *sorted(cuts), EXPERTS]
         parts = [order[a:b] for a, b in pairwise(bounds)]
-        assert torch.equal(layer(case, parts, backend), whole)
+        assert torch.equal(case.rows(parts, backend), whole)
 
     check()
 
@@ -61,20 +40,9 @@ def test_split_and_order_do_not_matter(backend, examples, dtype):
 def test_reads_weights_from_slots(backend):
     # seven slots in one flat buffer, experts in an order of their own, the unused slots hold NaN
     case = make_case(with_extras=True)
-    want = layer(case, [list(range(EXPERTS))], backend)
+    want = case.rows([list(range(EXPERTS))], backend)
     slots = {0: 6, 1: 2, 2: 0, 3: 5, 4: 3}
-    sizes = [t[0].numel() for t in (case.gate_up, case.down, case.gate_up_bias, case.down_bias)]
-    buffer = torch.full((7, sum(sizes) + 3), float("nan"))
-    views = []
-    for tensor, part in zip(
-        (case.gate_up, case.down, case.gate_up_bias, case.down_bias), buffer.split([*sizes, 3], dim=1), strict=False
-    ):
-        view = part.view(7, *tensor.shape[1:])
-        for e, slot in slots.items():
-            view[slot] = tensor.detach()[e]
-        views.append(view)
-    case.gate_up, case.down, case.gate_up_bias, case.down_bias = views
-    assert torch.equal(layer(case, [[4, 0], [1, 3, 2]], backend, slots), want)
+    assert torch.equal(case.pooled(slots, 7).rows([[4, 0], [1, 3, 2]], backend, slots), want)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -93,7 +61,7 @@ def test_leaves_other_rows_alone(backend):
 @pytest.mark.parametrize("tokens", [0, 3])
 def test_nothing_to_do(backend, tokens):
     case = make_case(index=torch.full((tokens, 2), EXPERTS))
-    assert not layer(case, [[], [0, 1]], backend).any()
+    assert not case.rows([[], [0, 1]], backend).any()
 
 
 WRONG = {

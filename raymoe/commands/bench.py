@@ -1,0 +1,58 @@
+"""`raymoe bench`: the benchmarks of this machine, as commands."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+
+def bench_kernels(
+    shapes: str | None, tokens: str | None, tune: bool, output: Path, console: Console, json: Path | None
+) -> None:
+    """Times the expert kernels: on CUDA what `raymoe.benchmarks.kernels_gpu` plans, else the CPU's table.
+
+    Raises:
+        ValueError: `tune` without CUDA, shapes or tokens with it, an unknown shape, or a bad number of tokens.
+        RunFailed: a correctness check failed.
+    """
+    if torch.cuda.is_available():
+        _on_cuda(shapes, tokens, tune, output, json)
+        return
+    from raymoe.benchmarks import kernels_cpu as benchmark
+
+    if tune:
+        raise ValueError("--tune finds tiles for the Triton kernels and needs a CUDA device; there is none here")
+    benchmark.run(
+        [benchmark.shape_of(name) for name in (shapes.split(",") if shapes else benchmark.DEFAULT_SHAPES)],
+        _numbers(tokens) if tokens else benchmark.TOKENS,
+        benchmark.STEP_TOKENS if tokens is None else (),
+        21,
+        console,
+        json=json,
+    )
+
+
+def _on_cuda(shapes: str | None, tokens: str | None, tune: bool, output: Path, json: Path | None) -> None:
+    from raymoe.benchmarks import kernels_gpu
+    from raymoe.errors import RunFailed
+
+    if shapes or tokens:
+        raise ValueError("--shapes and --tokens are for the CPU's table; on CUDA the sizes are those of the targets")
+    code = kernels_gpu.main(["--out", str(output), *(["--tune"] if tune else [])])
+    if json is not None:
+        shutil.copyfile(output / "results.json", json)
+    if code:
+        raise RunFailed(f"a check failed or a phase did not run (code {code}); see {output}")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise ValueError(f"--tokens is {text!r}; give whole numbers from 1, comma-separated: 1,16,512")
+    return numbers
