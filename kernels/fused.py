@@ -5,8 +5,7 @@ T tokens, K choices per token, S = T*K routed rows, E experts, H hidden size, I 
 
 from __future__ import annotations
 
-import ast
-from functools import cache
+import math
 
 import torch
 from torch import Tensor
@@ -29,21 +28,22 @@ def moe_mlp_fused(
     operands = (hidden, *experts, expert_weight, hidden_scale)
     keep_pre = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
     into = grad_into if grad_into is not None else (None, None)
-    return _forward(hidden, *experts, expert_index, expert_weight, hidden_scale, *into, _text(spec), keep_pre)[0]
+    return _forward(hidden, *experts, expert_index, expert_weight, hidden_scale, *into, *_fields(spec), keep_pre)[0]
 
 
-def _text(spec: ExpertSpec) -> str:
-    """A spec as what an op's schema can carry; Python functions in it never come here."""
-    # an f-string, which torch.compile can trace
-    return (
-        f"{spec.activation!r}, {spec.is_gated}, {spec.is_transposed}, {spec.is_interleaved}, "
-        f"{spec.gate_limit}, {spec.gate_alpha}, {spec.up_offset}"
-    )
+def _fields(spec: ExpertSpec) -> tuple[str, list[bool], list[float]]:
+    """A spec as what an op's schema can carry: its activation, flags and numbers; Python functions never come here.
+
+    Numbers stay numbers: torch.compile takes those that differ between layers for symbols, and cannot make a string of one.
+    """
+    limit = math.inf if spec.gate_limit is None else spec.gate_limit
+    flags = [spec.is_gated, spec.is_transposed, spec.is_interleaved]
+    return spec.activation, flags, [limit, spec.gate_alpha, spec.up_offset]
 
 
-@cache
-def _spec(text: str) -> ExpertSpec:
-    return ExpertSpec(*ast.literal_eval(text))
+def _spec(activation: str, flags: list[bool], numbers: list[float]) -> ExpertSpec:
+    limit, alpha, offset = numbers
+    return ExpertSpec(activation, *flags, None if limit == math.inf else limit, alpha, offset)
 
 
 @torch.library.custom_op("raymoe::moe_mlp", mutates_args=())
@@ -60,15 +60,17 @@ def _forward(
     hidden_scale: Tensor | None,
     gate_up_into: Tensor | None,
     down_into: Tensor | None,
-    spec: str,
+    activation: str,
+    flags: list[bool],
+    numbers: list[float],
     keep_pre: bool,
 ) -> list[Tensor]:
     """[output, pre-activations or an empty tensor, *plan]"""
     from raymoe.kernels.triton_backend import forward_triton
 
     experts = Experts(gate_up, down, gate_up_bias, down_bias, gate_up_scale, down_scale)
-    routing = plan(expert_index, gate_up.shape[0])
-    out, pre = forward_triton(hidden, experts, routing, expert_weight, _spec(spec), hidden_scale, keep_pre=keep_pre)
+    routing, spec = plan(expert_index, gate_up.shape[0]), _spec(activation, flags, numbers)
+    out, pre = forward_triton(hidden, experts, routing, expert_weight, spec, hidden_scale, keep_pre=keep_pre)
     return [out, hidden.new_empty(0) if pre is None else pre, *routing]
 
 
@@ -86,11 +88,13 @@ def _(
     hidden_scale,
     gate_up_into,
     down_into,
-    spec,
+    activation,
+    flags,
+    numbers,
     keep_pre,
 ):
     num_experts, rows = gate_up.shape[0], expert_index.numel()
-    up_size = gate_up.shape[2 if _spec(spec).is_transposed else 1]
+    up_size = gate_up.shape[2 if flags[1] else 1]
     wide = expert_index.new_empty(rows, dtype=torch.int64)
     return [
         hidden.new_empty(hidden.shape),
@@ -117,7 +121,9 @@ def _gradients(
     routing: list[Tensor],
     gate_up_into: Tensor | None,
     down_into: Tensor | None,
-    spec: str,
+    activation: str,
+    flags: list[bool],
+    numbers: list[float],
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A gradient for each of `Needs`, an empty tensor where none is wanted."""
@@ -129,7 +135,7 @@ def _gradients(
         Experts(gate_up, down, gate_up_bias, down_bias),
         Plan(*routing),
         expert_weight,
-        _spec(spec),
+        _spec(activation, flags, numbers),
         hidden_scale,
         pre,
         Needs(*needs),
@@ -153,7 +159,9 @@ def _(
     routing,
     gate_up_into,
     down_into,
-    spec,
+    activation,
+    flags,
+    numbers,
     needs,
 ):
     wanted = Needs(*needs)
@@ -167,11 +175,13 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, gate_up, down, up_bias, down_bias, _, _, _, expert_weight, hidden_scale, *into, spec, _ = inputs
+    hidden, gate_up, down, up_bias, down_bias, _, _, _, expert_weight, hidden_scale, *rest = inputs
     _, pre, *routing = output
     ctx.save_for_backward(hidden, gate_up, down, up_bias, down_bias, expert_weight, hidden_scale, pre, *routing)
     # backward writes these: autograd would refuse the new version of a saved tensor
-    ctx.into, ctx.spec = into, spec
+    ctx.into, ctx.spec = rest[:2], rest[2:5]
+    # only the output has a gradient: zeros for the pre-activations would cost their whole size
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grads):
@@ -199,7 +209,7 @@ def _backward(ctx, grads):
         pre,
         routing,
         *ctx.into,
-        ctx.spec,
+        *ctx.spec,
         list(needs),
     )
     if is_into:
@@ -216,6 +226,8 @@ def _backward(ctx, grads):
         None,
         got.expert_weight,
         got.hidden_scale,
+        None,
+        None,
         None,
         None,
         None,

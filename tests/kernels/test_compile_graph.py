@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from raymoe.kernels import combine, expert_rows, grouped_mm, moe_mlp, plan, quantize_experts
@@ -24,14 +23,14 @@ def fresh(monkeypatch):
     torch._dynamo.reset()
 
 
-def compiled(counter=None):
+def compiled():
     def layer(hidden, gate_up, down, index, weight, up_bias, down_bias, scale, spec, backend):
         biases = (up_bias, down_bias) if up_bias is not None else None
         return moe_mlp(
             hidden, gate_up, down, index, weight, spec=spec, biases=biases, hidden_scale=scale, backend=backend
         )
 
-    graph = torch.compile(layer, fullgraph=True, backend=counter or "aot_eager", dynamic=True)
+    graph = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
 
     def run(case: Case, backend: str) -> torch.Tensor:
         extras = case.gate_up_bias, case.down_bias, case.scale
@@ -58,29 +57,11 @@ def test_training(backend, name, with_extras):
         assert relative_error(got, grad) <= TOLERANCE
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @torch.no_grad()
 def test_inference(backend):
-    if backend == "reference":
-        pytest.xfail("the reference asks how many rows each expert has")
     case = make_case(tokens=7, experts=3, hidden=16, inner=8, with_extras=True)
     assert relative_error(compiled()(case, backend), case.run(backend)) <= TOLERANCE
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("is_training", [True, False], ids=["training", "inference"])
-def test_number_of_tokens_does_not_recompile(backend, is_training):
-    counter = CompileCounterWithBackend("aot_eager")
-    run = compiled(counter)
-    with torch.set_grad_enabled(is_training):
-        for tokens in (7, 5, 12):
-            case = make_case(tokens=tokens, experts=3, hidden=16, inner=8)
-            out, want = run(case, backend), case.run(backend)
-            assert relative_error(out, want) <= TOLERANCE
-            if is_training:
-                for got, grad in zip(gradients(out, case), gradients(want, case), strict=True):
-                    assert relative_error(got, grad) <= TOLERANCE
-    assert counter.frame_count == 1
 
 
 @torch.no_grad()
@@ -89,7 +70,7 @@ def test_auto_leaves_the_cpu_backend_to_eager_calls(monkeypatch):
     monkeypatch.setattr("raymoe.kernels.backend.has_fast_half", lambda dtype: True)
     case = make_case(tokens=7, hidden=16, inner=8, dtype=torch.bfloat16)
     assert relative_error(compiled()(case, "auto"), truth(case)[0]) <= BF16
-    with pytest.raises(Exception, match="backend='cpu' cannot run this: torch.compile is tracing"):
+    with pytest.raises(Exception, match=r"backend='cpu' cannot run this: torch\.compile is tracing"):
         compiled()(case, "cpu")
 
 
