@@ -42,8 +42,11 @@ def _fields(spec: ExpertSpec) -> tuple[str, list[bool], list[float]]:
 
 
 def _spec(activation: str, flags: list[bool], numbers: list[float]) -> ExpertSpec:
+    is_gated, is_transposed, is_interleaved = flags
     limit, alpha, offset = numbers
-    return ExpertSpec(activation, *flags, None if limit == math.inf else limit, alpha, offset)
+    return ExpertSpec(
+        activation, is_gated, is_transposed, is_interleaved, None if limit == math.inf else limit, alpha, offset
+    )
 
 
 @torch.library.custom_op("raymoe::moe_mlp", mutates_args=())

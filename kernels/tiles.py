@@ -1,4 +1,4 @@
-"""Cut the sorted rows of a plan into row tiles, each within one expert, and say how large tiles are.  S rows, E experts."""
+"""Cut the sorted rows of a plan into row tiles, each within one expert.  S rows, E experts."""
 
 from __future__ import annotations
 
@@ -14,16 +14,6 @@ from raymoe.kernels.backend import is_interpreted
 from raymoe.kernels.plan import Plan
 
 
-class TileConfig(NamedTuple):
-    """Sizes of one kernel's tile: rows x cols of the result, `inner` along the sum; and its launch options."""
-
-    rows: int
-    cols: int
-    inner: int
-    num_warps: int = 4
-    num_stages: int = 3
-
-
 class Tiles(NamedTuple):
     """Row tiles for a grid whose size the host knows without asking the device: more programs than tiles, at most."""
 
@@ -35,27 +25,6 @@ class Tiles(NamedTuple):
     """int32 [programs]: where the expert stands in the weights."""
     count: Tensor
     """int32 [1]: how many tiles there are; they come first, expert by expert in the order asked for."""
-
-
-def gmm_config(plan: Plan, dtype: torch.dtype, *, has_gate: bool = False) -> TileConfig:
-    """Tile of the ragged-row GEMMs; depends on the whole plan only, so that a subset of experts rounds the same way.
-
-    All kinds share `rows`, and with it one tile table. A gate in the epilogue takes twice the warps: at four it spills.
-    """
-    if is_interpreted():
-        return TileConfig(16, 64, 64)
-    block_rows = 16 if plan.order.numel() // max(plan.num_experts, 1) <= 16 else 64
-    num_warps = 8 if has_gate and block_rows == 64 else 4
-    if dtype == torch.float32:
-        return TileConfig(block_rows, 64, 32, num_warps)
-    return TileConfig(block_rows, 128, 64, num_warps)
-
-
-def gmm_k_config(dtype: torch.dtype) -> TileConfig:
-    """Tile of the weight gradients; `inner` counts routed rows."""
-    if is_interpreted():
-        return TileConfig(32, 32, 16)
-    return TileConfig(64, 64, 32) if dtype == torch.float32 else TileConfig(128, 128, 32, num_warps=8)
 
 
 @triton.jit(do_not_specialize=["num_ids", "num_programs"])

@@ -37,6 +37,12 @@ def is_fast(monkeypatch, request):
     return request.param
 
 
+def test_hardware_is_asked_about():
+    assert not backend_module.has_fast_half(torch.float32)
+    answers = [backend_module.has_exact_int8(), *map(backend_module.has_fast_half, (torch.float16, torch.bfloat16))]
+    assert all(isinstance(answer, bool) for answer in answers)
+
+
 def test_auto_goes_by_device(is_fast):
     assert (choose(device=CPU).backend, choose(device=CUDA).backend) == ("torch", "triton")
 

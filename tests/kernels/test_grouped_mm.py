@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymoe.kernels import cpu_products, grouped_mm
-from raymoe.kernels.backend import has_fast_half
 from tests.kernels.oracle import relative_error
 
 # relative, over a whole tensor: one product, its inputs exact
@@ -204,11 +203,10 @@ def test_errors_name_the_argument(name):
         grouped_mm(**(given | changes))
 
 
-@pytest.mark.parametrize(("dtype", "layout"), [(torch.float32, "out_in"), (torch.bfloat16, "slots")], ids=str)
-def test_ops_keep_their_promises(dtype, layout):
-    x, weight, offsets = leaves_in(dtype)
-    weight = matrices(3, 8, 16, dtype, layout)
-    grad = torch.randn(9, 16).to(dtype)
+def test_ops_keep_their_promises():
+    x, _, offsets = leaves_in(torch.float32)
+    weight = matrices(3, 8, 16, torch.float32, "slots")
+    grad = torch.randn(9, 16)
     ops = torch.ops.raymoe
     leaves = x.clone().requires_grad_(), weight.detach().requires_grad_()
     torch.library.opcheck(ops.grouped_mm.default, (*leaves, offsets, None))
@@ -216,8 +214,3 @@ def test_ops_keep_their_promises(dtype, layout):
     torch.library.opcheck(ops.grouped_mm_input_grad.default, (grad, weight, offsets))
     torch.library.opcheck(ops.grouped_mm_weight_grad.default, (x, grad, weight, offsets))
     torch.library.opcheck(ops.grouped_mm_weight_grad_into.default, (x, grad, offsets, torch.zeros_like(weight)))
-
-
-def test_has_fast_half_answers_for_every_type():
-    assert not has_fast_half(torch.float32)
-    assert all(isinstance(has_fast_half(dtype), bool) for dtype in (torch.float16, torch.bfloat16))
