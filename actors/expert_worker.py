@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 
 import ray
@@ -20,6 +21,17 @@ from raymoe.training.trainer import StepReport, Trainer
 from raymoe.training.world import join_world, leave_world
 
 logger = logging.getLogger("raymoe")
+
+
+@dataclass(frozen=True)
+class WorkerFacts:
+    """What a worker found at the start of an epoch."""
+
+    node: str
+    device: str
+    bandwidth_bytes_s: int
+    """To the next rank while receiving from the one before, all ranks at once; 0 if it is alone."""
+    latency_ns: int
 
 
 @ray.remote(concurrency_groups={"control": 1})  # pyright: ignore[reportCallIssue]  (Ray's overloads lack concurrency_groups)
@@ -47,17 +59,15 @@ class ExpertWorker:
             port = probe.getsockname()[1]
         return f"tcp://{f'[{host}]' if ':' in host else host}:{port}"
 
-    def start(self, rendezvous: str) -> dict[str, int]:
-        """Joins the epoch, reads its part of the model, and measures what the controller wants to know.
-
-        Returns:
-            `bandwidth_bytes_s` and `expert_bytes`.
-        """
+    def start(self, rendezvous: str) -> WorkerFacts:
+        """Joins the epoch, reads its part of the model, and measures what the controller wants to know."""
         config = self._job.config
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         world = join_world(rendezvous, self._rank, config.workers, config.worker_timeout_s, device)
         self._trainer = build_trainer(self._job, world)
-        return {"bandwidth_bytes_s": self._trainer.measure_bandwidth(), "expert_bytes": self._trainer.expert_bytes}
+        bandwidth_bytes_s, latency_ns = self._trainer.measure_links()
+        node = ray.get_runtime_context().get_node_id()
+        return WorkerFacts(node, device.type, bandwidth_bytes_s, latency_ns)
 
     def run(self, controller: ActorHandle) -> None:
         """Trains to the last step; every step's report goes to the controller."""

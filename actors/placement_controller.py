@@ -9,8 +9,9 @@ import ray
 from ray.actor import ActorHandle
 
 from raymoe import env
+from raymoe.actors.expert_worker import WorkerFacts
 from raymoe.actors.metrics import export_metrics
-from raymoe.placement import overlap_degree
+from raymoe.placement import ClusterSpec
 from raymoe.telemetry import metrics
 from raymoe.training.job import TrainJob
 from raymoe.training.trainer import StepReport
@@ -61,21 +62,19 @@ class PlacementController:
         self._job = job
         self._publication = job.first_publication
         self._workers: list[ActorHandle] = []
-        self._bandwidth_bytes_s = 0
-        self._expert_bytes = 1
+        self._facts: list[WorkerFacts] = []
         self._reports: dict[int, dict[int, StepReport]] = {}
         self._attention_ns: list[int] = []
+        self._row_ns: list[float] = []
         self._summaries: deque[StepSummary] = deque(maxlen=_KEPT_STEPS)
         self._num_steps = 0
 
     def __repr__(self) -> str:
         return "PlacementController"
 
-    def register(self, workers: list[ActorHandle], measurements: list[dict[str, int]]) -> None:
-        """Takes the ranks of the epoch, with what each measured at its start."""
-        self._workers = workers
-        self._bandwidth_bytes_s = min(measured["bandwidth_bytes_s"] for measured in measurements)
-        self._expert_bytes = measurements[0]["expert_bytes"]
+    def register(self, workers: list[ActorHandle], facts: list[WorkerFacts]) -> None:
+        """Takes the ranks of the epoch, with what each found at its start."""
+        self._workers, self._facts = workers, facts
 
     def report(self, rank: int, report: StepReport) -> None:
         """One rank's account of one step."""
@@ -87,7 +86,7 @@ class PlacementController:
             self._summaries.append(summary)
             self._num_steps += 1
             metrics.TRAIN_EXPERT_IMBALANCE_RATIO.set(summary.worker_imbalance)
-            self._settle_overlap(min(each.attention_ns for each in reports.values()))
+            self._settle(list(reports.values()))
 
     @ray.method(concurrency_group="control")
     def progress(self, known: int) -> list[StepSummary]:
@@ -100,27 +99,42 @@ class PlacementController:
         return {
             "steps": self._num_steps,
             "publication": self._publication,
-            "bandwidth_bytes_s": self._bandwidth_bytes_s,
-            "expert_bytes": self._expert_bytes,
         }
 
-    def _settle_overlap(self, attention_ns: int) -> None:
-        """With `overlap_degree: auto`, publishes the t that hides behind the attention, once it has been seen working."""
-        experts = self._job.config.experts
-        if experts.overlap_degree != "auto" or self._publication.version > 0 or self._bandwidth_bytes_s == 0:
+    def _settle(self, reports: list[StepReport]) -> None:
+        """Publishes what the cost model needs, once steps have been seen working."""
+        if self._publication.version > 0 or len(self._facts) < 2:
             return
         if self._num_steps > _UNMEASURED_STEPS:
-            self._attention_ns.append(attention_ns)
+            self._attention_ns.append(min(each.attention_ns for each in reports))
+            self._row_ns.append(float(np.median([each.row_ns for each in reports])))
         if len(self._attention_ns) < _MEASURED_STEPS:
             return
-        degree = overlap_degree(int(np.median(self._attention_ns)), self._bandwidth_bytes_s, self._expert_bytes)
-        degree = min(degree, self._job.num_experts)
-        slots = degree if experts.extra_slots is None else experts.extra_slots
-        self._publication = replace(self._publication, version=1, overlap_degree=degree, extra_slots=slots)
-        logger.info("overlap degree %d: attention %.1f ms, %.0f MB/s between workers", degree,
-                    np.median(self._attention_ns) / 1e6, self._bandwidth_bytes_s / 1e6)  # fmt: skip
+        job = self._job
+        attention_ns, row_ns = int(np.median(self._attention_ns)), float(np.median(self._row_ns))
+        cluster = measured_cluster(self._facts, int(job.workload.row_flops * 1e9 / max(row_ns, 1e-3)))
+        workload = replace(job.workload, attention_ns=attention_ns)
+        self._publication = replace(
+            self._publication, version=1, cluster=cluster, workload=workload, extra_slots=job.extra_slots
+        )
+        logger.info("measured: attention %.1f ms, a routed row %.1f us, %.0f MB/s and %.0f us between workers",
+                    attention_ns / 1e6, row_ns / 1e3, cluster.inter_bytes_s / 1e6, cluster.latency_ns / 1e3)  # fmt: skip
         for worker in self._workers:
             worker.publish.remote(self._publication)
+
+
+def measured_cluster(facts: list[WorkerFacts], flops_s: int) -> ClusterSpec:
+    """The ranks' nodes and the slowest of their links. Where the cores that compute also copy, copies hide behind nothing."""
+    nodes = list(dict.fromkeys(each.node for each in facts))
+    bandwidth = max(min(each.bandwidth_bytes_s for each in facts), 1)
+    return ClusterSpec(
+        tuple(nodes.index(each.node) for each in facts),
+        bandwidth,
+        bandwidth,
+        latency_ns=max(each.latency_ns for each in facts),
+        flops_s=max(flops_s, 1),
+        overlap_percent=0 if facts[0].device == "cpu" else 100,
+    )
 
 
 def summarise(reports: list[StepReport], owners: np.ndarray) -> StepSummary:

@@ -69,12 +69,13 @@ class TokenizerConfig(Strict):
 
 
 class ExpertsConfig(Strict):
-    policy: Literal["ep", "fssdp"] = "fssdp"
-    """`ep`: every expert only at its owner. `fssdp`: hot experts are materialised on other workers, step by step."""
+    policy: Literal["ep", "fssdp", "fssdp-paper"] = "fssdp"
+    """`ep`: every expert only at its owner. `fssdp`: hot experts are materialised on other workers, step by step, where the
+    measured costs say that it pays. `fssdp-paper`: as many as hide behind the attention, whether they pay or not."""
     overlap_degree: Literal["auto"] | int = "auto"
-    """t of Algorithm 1: experts a layer may send within one step. `auto`: what hides behind the attention, as measured."""
+    """t: the most experts a layer may copy within one step. `auto`: what the policy finds from what was measured."""
     extra_slots: int | None = Field(default=None, ge=0)
-    """m of Algorithm 1: copies a worker may hold per layer. Default: as many as `overlap_degree` asks for."""
+    """m: copies a worker may hold per layer. Default: as many as it owns."""
     window: int = Field(default=5, ge=1)
     """Steps whose mean load is the forecast."""
     owners: list[list[int]] | None = None

@@ -1,32 +1,48 @@
 """Pure planning: where experts live, which ones are copied for the next step, and where routed rows go.
 
-Only numpy: no torch, no Ray. Everything is a pure function in whole numbers, so that all ranks plan the same alone.
+Only numpy: no torch, no Ray. Everything is a pure function, so that all ranks plan the same alone.
 """
 
 from raymoe.placement.cluster import ClusterSpec
-from raymoe.placement.dispatch import DispatchTable, assign, dispatch_rows, locality_first
-from raymoe.placement.loads import LOAD_SCALE, predict
+from raymoe.placement.cost import LayerCost, layer_cost
+from raymoe.placement.dispatch import DispatchTable, assign, dispatch_counts
+from raymoe.placement.loads import LOAD_SCALE, forecast_error, predict
 from raymoe.placement.materialise import materialise, overlap_degree
-from raymoe.placement.plan import LayerPlan, PlacementState, Plan
-from raymoe.placement.policy import Policy, policy, policy_names
-from raymoe.placement.sharding import check_owners, even_owners
+from raymoe.placement.memory import expert_memory
+from raymoe.placement.plan import Base, LayerPlan, Plan
+from raymoe.placement.policies import policy, policy_names
+from raymoe.placement.policy import Policy
+from raymoe.placement.sharding import check_owners, even_owners, heterogeneous_owners
+from raymoe.placement.simulate import Simulation, simulate
+from raymoe.placement.state import PlacementState
+from raymoe.placement.trace import LoadTrace
+from raymoe.placement.workload import Workload
 
 __all__ = [
     "LOAD_SCALE",
+    "Base",
     "ClusterSpec",
     "DispatchTable",
+    "LayerCost",
     "LayerPlan",
+    "LoadTrace",
     "PlacementState",
     "Plan",
     "Policy",
+    "Simulation",
+    "Workload",
     "assign",
     "check_owners",
-    "dispatch_rows",
+    "dispatch_counts",
     "even_owners",
-    "locality_first",
+    "expert_memory",
+    "forecast_error",
+    "heterogeneous_owners",
+    "layer_cost",
     "materialise",
     "overlap_degree",
     "policy",
     "policy_names",
     "predict",
+    "simulate",
 ]

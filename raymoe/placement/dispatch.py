@@ -1,71 +1,104 @@
-"""Locality-first dispatch: which rank computes each routed row. S = routed rows, E = experts, D = ranks.
+"""Which rank computes each routed row. R = sending ranks, S = routed rows, E = experts, D = ranks.
 
-A copy on the row's own rank takes it; else the copies on its node share its rows; else the copies elsewhere do. Sharing is
-round robin in arrival order, one turn a row of the expert, so the shares differ by at most one row. Ranks and experts start
-at different copies, else every rank would send its first row to the same one.
+Where an expert has several copies, the plan's word says how its rows are shared:
 
-Source: dispatch rule of arXiv 2502.02581.
+- ``local``: a copy on the row's own rank takes it; else the copies on its node share; else all copies. Source: the dispatch
+  rule of arXiv 2502.02581.
+- ``node``: the copies on the row's node share; else all copies. Source: LAER-MoE (arXiv 2602.11686), lite routing.
+- ``even``: all copies share, wherever they are.
+- ``capacity``: every copy takes the same share of all ranks' rows, and each rank keeps its own first. Needs every rank's
+  counts. Source: Lazarus (arXiv 2407.04656), Algorithm 1; rounding, and matching within nodes first, are ours.
+
+A share is whole rows: they differ by one at the most. Ranks and experts start at different copies, else every rank would
+send its odd row to the same one.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from raymoe.placement.cluster import ClusterSpec
-from raymoe.placement.plan import LayerPlan
+from raymoe.placement.plan import Dispatch, LayerPlan
 
 
-class DispatchTable(NamedTuple):
-    """Where one rank sends the rows of each expert in one layer and step."""
+class DispatchTable:
+    """How some ranks share their rows of each expert in one layer and step; ``local``, ``node`` and ``even`` only.
 
-    ranks_EC: np.ndarray
-    """int64 [E, C]: the copies that share the expert's rows, ascending; -1 where there are fewer than C."""
-
-    num_E: np.ndarray
-    """int64 [E]: how many copies share, at least 1."""
-
-    start_E: np.ndarray
-    """int64 [E]: the copy that takes the first row."""
-
-
-def locality_first(layer_plan: LayerPlan, rank: int, cluster: ClusterSpec) -> DispatchTable:
-    """The nearest copies of every expert, as ``rank`` sees them.
+    Args:
+        ranks: the sending ranks, [R].
 
     Raises:
-        ValueError: the plan is for another number of ranks than the cluster has, or ``rank`` is not one of them.
+        ValueError: the plan is for another number of ranks than the cluster has, or a rank is not one of them.
     """
-    if layer_plan.num_devices != cluster.num_devices or not 0 <= rank < cluster.num_devices:
+
+    def __init__(self, layer_plan: LayerPlan, ranks: list[int], cluster: ClusterSpec, dispatch: Dispatch = "local"):
+        num_devices = cluster.num_devices
+        if layer_plan.num_devices != num_devices or not all(0 <= rank < num_devices for rank in ranks):
+            raise ValueError(
+                f"ranks {ranks} of a cluster of {num_devices} cannot dispatch by a plan for {layer_plan.num_devices}"
+            )
+        if dispatch == "capacity":
+            raise ValueError("dispatch 'capacity' needs the counts of all ranks: use dispatch_counts")
+        rank_R = np.asarray(ranks, dtype=np.int64)
+        holds_ED = layer_plan.copies.astype(bool)
+        shares_RED = np.broadcast_to(holds_ED, (len(ranks), *holds_ED.shape))
+        if dispatch in ("local", "node"):
+            near_RED = shares_RED & (cluster.nodes == cluster.nodes[rank_R][:, None])[:, None, :]
+            shares_RED = np.where(near_RED.any(axis=2, keepdims=True), near_RED, shares_RED)
+        if dispatch == "local":
+            here_RED = holds_ED & (np.arange(num_devices) == rank_R[:, None])[:, None, :]
+            shares_RED = np.where(here_RED.any(axis=2, keepdims=True), here_RED, shares_RED)
+        self._num_RE = shares_RED.sum(axis=2, dtype=np.int64)
+        start_RE = (rank_R[:, None] + np.arange(layer_plan.num_experts)) % self._num_RE
+        turn_RED = (np.cumsum(shares_RED, axis=2, dtype=np.int64) - 1 - start_RE[..., None]) % self._num_RE[..., None]
+        self._shares_RED = shares_RED
+        self._turn_RED = turn_RED
+
+    def counts(self, rows_RE: np.ndarray) -> np.ndarray:
+        """Rows of each sender and expert that each rank gets: int64 [R, E] -> int64 [R, E, D]."""
+        each_RE, odd_RE = np.divmod(rows_RE, self._num_RE)
+        return self._shares_RED * (each_RE[..., None] + (self._turn_RED < odd_RE[..., None]))
+
+
+def dispatch_counts(
+    rows_DE: np.ndarray, layer_plan: LayerPlan, cluster: ClusterSpec, dispatch: Dispatch = "local"
+) -> np.ndarray:
+    """Rows of each sender and expert that each rank gets.
+
+    Args:
+        rows_DE: int64 [D, E], rows that each rank routed.
+
+    Returns:
+        int64 [D, E, D]: from, expert, to. Its sum over the last axis is ``rows_DE``.
+
+    Raises:
+        ValueError: rows of another shape than the plan's ranks and experts.
+    """
+    rows_DE = np.asarray(rows_DE, dtype=np.int64)
+    if rows_DE.shape != (layer_plan.num_devices, layer_plan.num_experts):
         raise ValueError(
-            f"rank {rank} of a cluster of {cluster.num_devices} cannot dispatch by a plan for {layer_plan.num_devices}"
+            f"rows are {list(rows_DE.shape)}, the plan is for {layer_plan.num_devices} ranks x "
+            f"{layer_plan.num_experts} experts"
         )
-    holds_ED = layer_plan.copies.astype(bool)
-    on_node_ED = holds_ED & (cluster.nodes == cluster.nodes[rank])
-    here_ED = holds_ED & (np.arange(cluster.num_devices) == rank)
-    share_ED = np.where(on_node_ED.any(axis=1, keepdims=True), on_node_ED, holds_ED)
-    share_ED = np.where(here_ED.any(axis=1, keepdims=True), here_ED, share_ED)
-    num_E = share_ED.sum(axis=1, dtype=np.int64)
-    most = int(num_E.max())
-    ranks_EC = np.argsort(~share_ED, axis=1, kind="stable")[:, :most]
-    ranks_EC = np.where(np.arange(most) < num_E[:, None], ranks_EC, -1)
-    start_E = (rank + np.arange(layer_plan.num_experts, dtype=np.int64)) % num_E
-    return DispatchTable(ranks_EC, num_E, start_E)
+    if dispatch == "capacity":
+        return _by_capacity(rows_DE, layer_plan, cluster)
+    return DispatchTable(layer_plan, list(range(cluster.num_devices)), cluster, dispatch).counts(rows_DE)
 
 
-def assign(expert_index: np.ndarray, table: DispatchTable) -> np.ndarray:
-    """The rank of each routed row, without a loop over rows or experts.
+def assign(expert_index: np.ndarray, counts_ED: np.ndarray) -> np.ndarray:
+    """The rank of each routed row of one sender, without a loop over rows or experts.
 
     Args:
         expert_index: integers [S], expert of each row in arrival order, in [0, E]; E means "no expert here".
+        counts_ED: int64 [E, D], this sender's rows that each rank gets; the expert's first rows go to the lowest rank.
 
     Returns:
         int64 [S]: rank of each row, -1 for rows without an expert.
 
     Raises:
-        ValueError: not 1-D integers, or an index outside [0, E].
+        ValueError: not 1-D integers, an index outside [0, E], or counts that are not those of ``expert_index``.
     """
-    num_experts = len(table.num_E)
+    num_experts, num_devices = counts_ED.shape
     expert_S = np.asarray(expert_index)
     if expert_S.ndim != 1 or not np.issubdtype(expert_S.dtype, np.integer):
         raise ValueError(f"expert_index must be integers [S], got {expert_S.dtype} {expert_S.shape}")
@@ -74,28 +107,43 @@ def assign(expert_index: np.ndarray, table: DispatchTable) -> np.ndarray:
             f"expert_index goes from {expert_S.min()} to {expert_S.max()}, but there are {num_experts} experts "
             f"(and {num_experts} for rows without one)"
         )
-    first_E = np.append(table.ranks_EC[np.arange(num_experts), table.start_E], -1)
-    rank_S = first_E[expert_S]
-    shared = np.flatnonzero(np.append(table.num_E, 1)[expert_S] > 1)
-    if shared.size:
-        expert = expert_S[shared]
-        turn = (table.start_E[expert] + _arrival(expert, num_experts)) % table.num_E[expert]
-        rank_S[shared] = table.ranks_EC[expert, turn]
+    wanted_E = np.bincount(expert_S, minlength=num_experts + 1)[:-1]
+    given_E = counts_ED.sum(axis=1)
+    if (wanted_E != given_E).any():
+        expert = int(np.flatnonzero(wanted_E != given_E)[0])
+        raise ValueError(f"counts_ED gives expert {expert} {given_E[expert]} rows, expert_index {wanted_E[expert]}")
+    # numpy sorts 16-bit integers by radix: several times faster than its stable sort of int64
+    keys = expert_S.astype(np.uint16) if num_experts < 1 << 16 else expert_S
+    order = np.argsort(keys, kind="stable")
+    rank_S = np.full(expert_S.size, -1, dtype=np.int64)
+    num_routed = int(wanted_E.sum())
+    rank_S[order[:num_routed]] = np.repeat(np.tile(np.arange(num_devices), num_experts), counts_ED.ravel())
     return rank_S
 
 
-def dispatch_rows(expert_index: np.ndarray, layer_plan: LayerPlan, rank: int, cluster: ClusterSpec) -> np.ndarray:
-    """``assign`` by the ``locality_first`` table of this rank, in one call."""
-    return assign(expert_index, locality_first(layer_plan, rank, cluster))
+def _by_capacity(rows_DE: np.ndarray, layer_plan: LayerPlan, cluster: ClusterSpec) -> np.ndarray:
+    holds_DE = layer_plan.copies.T.astype(np.int64)
+    num_E = holds_DE.sum(axis=0)
+    each_E, odd_E = np.divmod(rows_DE.sum(axis=0), num_E)
+    turn_DE = (np.cumsum(holds_DE, axis=0) - 1 - np.arange(num_E.size) % num_E) % num_E
+    room_DE = holds_DE * (each_E + (turn_DE < odd_E))
+    kept_DE = np.minimum(rows_DE, room_DE)
+    counts = np.zeros((*rows_DE.shape, rows_DE.shape[0]), dtype=np.int64)
+    ranks = np.arange(rows_DE.shape[0])
+    counts[ranks, :, ranks] = kept_DE
+    over_DE, room_DE = rows_DE - kept_DE, room_DE - kept_DE
+    for node in range(cluster.num_nodes):
+        on_node = np.flatnonzero(cluster.nodes == node)
+        moved = _match(over_DE[on_node], room_DE[on_node])
+        counts[on_node[:, None], :, on_node[None, :]] += moved.transpose(0, 2, 1)
+        over_DE[on_node] -= moved.sum(axis=2)
+        room_DE[on_node] -= moved.sum(axis=0).T
+    return counts + _match(over_DE, room_DE)
 
 
-def _arrival(expert: np.ndarray, num_experts: int) -> np.ndarray:
-    """How many earlier rows had the same expert, for each row."""
-    # numpy sorts 16-bit integers by radix: several times faster than its stable sort of int64
-    keys = expert.astype(np.uint16) if num_experts < 1 << 16 else expert
-    order = np.argsort(keys, kind="stable")
-    begin_E = np.zeros(num_experts + 1, dtype=np.int64)
-    np.cumsum(np.bincount(expert, minlength=num_experts), out=begin_E[1:])
-    arrival = np.empty(expert.size, dtype=np.int64)
-    arrival[order] = np.arange(expert.size) - begin_E[expert[order]]
-    return arrival
+def _match(over_RE: np.ndarray, room_CE: np.ndarray) -> np.ndarray:
+    """Lays what is over and what is free on one line each, per expert: the overlaps say who sends what. [R, E, C]."""
+    over_end, room_end = np.cumsum(over_RE, axis=0), np.cumsum(room_CE, axis=0)
+    end = np.minimum(over_end[:, :, None], room_end.T[None])
+    begin = np.maximum((over_end - over_RE)[:, :, None], (room_end - room_CE).T[None])
+    return np.maximum(end - begin, 0)

@@ -4,14 +4,13 @@ E = experts, D = ranks, t = overlap degree, m = extra slots a rank, Top = the t 
 every tie is broken by index, because each rank computes this alone and all must arrive at the same placement.
 
 Source: Algorithm 1 of arXiv 2502.02581. Where the paper is silent: shares are proportional within Top, rounded by largest
-remainder, and at least 1 and at most D - 1 copies each; a copy goes to the node with the fewest copies of its expert (the
-owner counted), then the most free slots; on the node to the rank with the most free slots, then the least projected load;
-slots that stay free go to the highest load per copy. An expert that nobody is expected to use gets no copy.
+remainder, and at least 1 and at most D - 1 copies each. Copies are dealt like cards, hottest expert first, to the ranks in
+an order that goes from node to node, so that an expert's copies spread over nodes and every rank gets m; the ranks with
+least to do of their own come first. A copy that its owner was dealt is changed for another rank's. An expert that nobody is
+expected to use gets no copy.
 """
 
 from __future__ import annotations
-
-from fractions import Fraction
 
 import numpy as np
 
@@ -63,7 +62,7 @@ def materialise(
     if num_top <= extra_slots:
         copies_ED[top] = 1
     else:
-        _Slots(copies_ED, owners_E, loads_E, extra_slots, cluster).fill(top)
+        _deal(copies_ED, top, owners_E, loads_E, extra_slots, cluster)
     return copies_ED
 
 
@@ -81,56 +80,59 @@ def _shares(loads: np.ndarray, num_slots: int, most: int) -> list[int]:
     return shares
 
 
-class _Slots:
-    """Ranks' free slots and projected loads while copies are handed out; writes into the copies it was given."""
+def _deal(
+    copies_ED: np.ndarray,
+    top: np.ndarray,
+    owners_E: np.ndarray,
+    loads_E: np.ndarray,
+    extra_slots: int,
+    cluster: ClusterSpec,
+) -> None:
+    """Writes up to ``extra_slots`` copies of Top experts a rank into ``copies_ED``."""
+    num_devices = cluster.num_devices
+    shares = _shares(loads_E[top], num_devices * extra_slots, num_devices - 1)
+    expert = np.repeat(top, shares)
+    # a share is at most D - 1 long, so no rank is dealt the same expert twice
+    rank = np.resize(_dealing_order(owners_E, loads_E, cluster), expert.size)
+    fits = copies_ED[expert, rank] == 0
+    copies_ED[expert[fits], rank[fits]] = 1
+    for own, owner in zip(expert[~fits].tolist(), rank[~fits].tolist(), strict=True):
+        _change(copies_ED, own, owner, expert, rank, owners_E, cluster.nodes)
+    free_D = extra_slots - copies_ED.sum(axis=0, dtype=np.int64) + np.bincount(owners_E, minlength=num_devices)
+    for free in np.flatnonzero(free_D > 0).tolist():
+        _fill(copies_ED, free, int(free_D[free]), top, loads_E)
 
-    def __init__(
-        self, copies_ED: np.ndarray, owners_E: np.ndarray, loads_E: np.ndarray, extra_slots: int, cluster: ClusterSpec
-    ) -> None:
-        self.copies_ED = copies_ED
-        self.loads_E = loads_E
-        self.cluster = cluster
-        self.free_D = np.full(cluster.num_devices, extra_slots, dtype=np.int64)
-        self.projected_D = np.zeros(cluster.num_devices, dtype=np.int64)
-        np.add.at(self.projected_D, owners_E, loads_E)
 
-    def fill(self, top: np.ndarray) -> None:
-        shares = _shares(self.loads_E[top], int(self.free_D.sum()), self.cluster.num_devices - 1)
-        for expert, share in zip(top.tolist(), shares, strict=True):
-            self._place(expert, share)
-        wanting = sorted(top.tolist())
-        while wanting and self.free_D.any():
-            expert = max(wanting, key=self._load_per_copy)
-            if not self._place(expert, 1):
-                wanting.remove(expert)
+def _dealing_order(owners_E: np.ndarray, loads_E: np.ndarray, cluster: ClusterSpec) -> np.ndarray:
+    """Ranks in turns over the nodes, each node's with the least load of their own first."""
+    own_D = np.zeros(cluster.num_devices, dtype=np.int64)
+    np.add.at(own_D, owners_E, loads_E)
+    by_node = np.lexsort((own_D, cluster.nodes))
+    turn = np.empty(cluster.num_devices, dtype=np.int64)
+    turn[by_node] = cluster.place_on_node[np.argsort(cluster.nodes, kind="stable")]
+    return np.lexsort((cluster.nodes, turn))
 
-    def _load_per_copy(self, expert: int) -> Fraction:
-        return Fraction(int(self.loads_E[expert]), int(np.count_nonzero(self.copies_ED[expert])))
 
-    def _place(self, expert: int, share: int) -> bool:
-        """Gives the expert up to ``share`` more copies; False if no rank could take one."""
-        held_D = self.copies_ED[expert].astype(bool)
-        ranks = self._choose(held_D, share)
-        load, before = int(self.loads_E[expert]), int(held_D.sum())
-        after = load // (before + ranks.size)
-        self.projected_D[held_D] += after - load // before
-        self.projected_D[ranks] += after
-        self.free_D[ranks] -= 1
-        self.copies_ED[expert, ranks] = 1
-        return ranks.size > 0
+def _change(
+    copies_ED: np.ndarray,
+    own: int,
+    owner: int,
+    expert: np.ndarray,
+    rank: np.ndarray,
+    owners_E: np.ndarray,
+    nodes: np.ndarray,
+) -> None:
+    """Gives ``owner`` another dealt copy, and that copy's rank the expert ``own``: on the same node if one fits there."""
+    dealt = (copies_ED[expert, rank] == 1) & (owners_E[expert] != rank)
+    fits = dealt & (copies_ED[expert, owner] == 0) & (copies_ED[own, rank] == 0)
+    if fits.any():
+        other = int(np.argmax(fits * (1 + (nodes[rank] == nodes[owner]))))
+        copies_ED[expert[other], rank[other]], copies_ED[expert[other], owner] = 0, 1
+        copies_ED[own, rank[other]] = 1
 
-    def _choose(self, held_D: np.ndarray, share: int) -> np.ndarray:
-        """The ranks that picking one by one would pick.
 
-        A node's copies only grow while it is picked from, so its turns have growing keys, and the picks of all nodes
-        together are the ``share`` smallest keys: one sort in place of a loop over copies.
-        """
-        nodes = self.cluster.nodes
-        open_ranks = np.flatnonzero((self.free_D > 0) & ~held_D)
-        order = np.lexsort((self.projected_D[open_ranks], -self.free_D[open_ranks], nodes[open_ranks]))
-        ranks = open_ranks[order]
-        node = nodes[ranks]
-        turn = np.arange(ranks.size) - np.searchsorted(node, node)
-        copies_on_node = (self.cluster.members @ held_D)[node] + turn
-        free_on_node = (self.cluster.members @ self.free_D)[node] - turn
-        return ranks[np.lexsort((node, -free_on_node, copies_on_node))[:share]]
+def _fill(copies_ED: np.ndarray, rank: int, num_free: int, top: np.ndarray, loads_E: np.ndarray) -> None:
+    """Gives the rank those Top experts it lacks that have the highest load per copy."""
+    lacking = np.sort(top[copies_ED[top, rank] == 0])
+    per_copy = loads_E[lacking] // copies_ED[lacking].sum(axis=1, dtype=np.int64)
+    copies_ED[lacking[np.argsort(-per_copy, kind="stable")[:num_free]], rank] = 1

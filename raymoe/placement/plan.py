@@ -1,4 +1,4 @@
-"""What planning takes and gives. L = MoE layers, E = experts a layer, D = ranks."""
+"""What a policy answers: where every expert is in one step. L = MoE layers, E = experts a layer, D = ranks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from raymoe.placement.cluster import ClusterSpec
-from raymoe.placement.loads import DEFAULT_WINDOW
 from raymoe.placement.sharding import check_owners
+from raymoe.placement.workload import Workload
 
 Layout = Literal["whole", "sliced"]
-Dispatch = Literal["local", "even", "capacity"]
-Timing = Literal["hidden", "blocking"]
+Dispatch = Literal["local", "node", "even", "capacity"]
+Timing = Literal["hidden", "overlapped", "blocking"]
 
 
 def owned(owners: np.ndarray, num_devices: int) -> np.ndarray:
@@ -22,7 +21,7 @@ def owned(owners: np.ndarray, num_devices: int) -> np.ndarray:
     return (np.asarray(owners)[..., None] == np.arange(num_devices)).astype(np.uint8)
 
 
-def _read_only(array: np.ndarray) -> np.ndarray:
+def read_only(array: np.ndarray) -> np.ndarray:
     """The array itself if nobody can write to it, else a copy: a plan must not change under a rank's feet."""
     if array.flags.writeable:
         array = array.copy()
@@ -30,24 +29,53 @@ def _read_only(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _checked(owners: np.ndarray, copies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Owners and copies, read-only, or a ValueError that says which invariant they break."""
-    owners, copies = np.asarray(owners), np.asarray(copies)
+def check_copies(copies: np.ndarray, owners: np.ndarray, name: str = "copies") -> np.ndarray:
+    """Copies uint8 [..., E, D], read-only, or a ValueError that says which invariant they break."""
+    copies = np.asarray(copies)
     if copies.ndim < 2 or copies.shape[:-1] != owners.shape or copies.dtype != np.uint8:
         raise ValueError(
-            f"copies must be uint8 {[*owners.shape, 'D']} to go with owners {list(owners.shape)}, "
+            f"{name} must be uint8 {[*owners.shape, 'D']} to go with owners {list(owners.shape)}, "
             f"got {copies.dtype} {list(copies.shape)}"
         )
-    owners = check_owners(owners, copies.shape[-1])
     if copies.max() > 1:
-        raise ValueError(f"copies holds {copies.max()}; it says 1 where an expert is and 0 where it is not")
+        raise ValueError(f"{name} holds {copies.max()}; it says 1 where an expert is and 0 where it is not")
     holds = np.take_along_axis(copies, owners[..., None], axis=-1)[..., 0]
     if not holds.all():
         place = tuple(int(i) for i in np.argwhere(holds == 0)[0])
         raise ValueError(
-            f"copies{list(place)} leaves out rank {owners[place]}, the owner, which always holds its expert"
+            f"{name}{list(place)} leaves out rank {owners[place]}, the owner, which always holds its expert"
         )
-    return _read_only(owners), _read_only(copies)
+    return read_only(copies)
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """Where experts live from step to step, parameters and optimizer state together; changing it moves state.
+
+    Raises:
+        ValueError: owners or resident copies that break an invariant of ``LayerPlan``.
+    """
+
+    owners: np.ndarray
+    """int64 [L, E]: the rank that the gradient is summed at."""
+
+    resident: np.ndarray
+    """uint8 [L, E, D]: 1 where the expert's whole state is. More than the owner for policies that keep replicas."""
+
+    def __post_init__(self) -> None:
+        resident = np.asarray(self.resident)
+        owners = check_owners(self.owners, resident.shape[-1])
+        object.__setattr__(self, "owners", read_only(owners))
+        object.__setattr__(self, "resident", check_copies(resident, owners, "resident"))
+
+    @classmethod
+    def of_owners(cls, owners: np.ndarray, num_devices: int) -> Base:
+        """One home an expert: every policy that keeps no replicas."""
+        return cls(owners, owned(owners, num_devices))
+
+    def moved_from(self, before: Base) -> int:
+        """How many whole experts a rank has to fetch, over all ranks, to come here from ``before``."""
+        return int(np.count_nonzero(self.resident > before.resident))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +92,18 @@ class LayerPlan:
     copies: np.ndarray
     """uint8 [E, D]: 1 where the expert's parameters are this step; the owner's entry is always 1."""
 
+    resident: np.ndarray | None = None
+    """uint8 [E, D]: 1 where they are between steps too; None: at the owner only."""
+
     def __post_init__(self) -> None:
-        owners, copies = _checked(self.owners, self.copies)
+        copies = np.asarray(self.copies)
+        owners = check_owners(self.owners, copies.shape[-1])
         if owners.ndim != 1:
             raise ValueError(f"a layer's owners are [E], got {list(owners.shape)}; all layers together are a Plan")
-        object.__setattr__(self, "owners", owners)
-        object.__setattr__(self, "copies", copies)
+        resident = owned(owners, copies.shape[-1]) if self.resident is None else self.resident
+        object.__setattr__(self, "owners", read_only(owners))
+        object.__setattr__(self, "copies", check_copies(copies, owners))
+        object.__setattr__(self, "resident", check_copies(resident, owners, "resident"))
 
     @property
     def num_experts(self) -> int:
@@ -80,8 +114,9 @@ class LayerPlan:
         return self.copies.shape[1]
 
     def extra_copies(self) -> np.ndarray:
-        """uint8 [E, D]: 1 where an expert has to travel to, that is, the copies without the owners'."""
-        return self.copies - owned(self.owners, self.num_devices)
+        """uint8 [E, D]: 1 where an expert has to travel to, that is, the copies without those that live there."""
+        assert self.resident is not None
+        return self.copies & ~self.resident & 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,42 +136,59 @@ class Plan:
     bytes: dict[str, int]
     """Bytes that the plan moves, over all layers and ranks, by kind of collective."""
 
+    resident: np.ndarray | None = None
+    """uint8 [L, E, D]; None: at the owner only."""
+
     layout: Layout = "whole"
-    """whole: an expert is on one rank; sliced: over all of them."""
+    """whole: an expert lives on one rank; sliced: in equal slices on all of them, and copies are put together of these."""
 
     dispatch: Dispatch = "local"
-    """How a row picks among the copies of its expert."""
+    """How a row picks among the copies of its expert; see ``raymoe.placement.dispatch``."""
 
     timing: Timing = "hidden"
-    """hidden: copies travel behind attention; blocking: after the gate, and the step waits."""
+    """What transfers hide behind. hidden: attention; overlapped: attention and expert computation; blocking: nothing."""
 
     def __post_init__(self) -> None:
         for field, words in (("layout", Layout), ("dispatch", Dispatch), ("timing", Timing)):
             if getattr(self, field) not in get_args(words):
                 raise ValueError(f"{field} = {getattr(self, field)!r}: choose one of {', '.join(get_args(words))}")
-        owners, copies = _checked(self.owners, self.copies)
+        copies = np.asarray(self.copies)
+        owners = check_owners(self.owners, copies.shape[-1])
         if owners.ndim != 2:
             raise ValueError(f"a plan's owners are [L, E], got {list(owners.shape)}; one layer is a LayerPlan")
-        object.__setattr__(self, "owners", owners)
-        object.__setattr__(self, "copies", copies)
+        resident = owned(owners, copies.shape[-1]) if self.resident is None else self.resident
+        object.__setattr__(self, "owners", read_only(owners))
+        object.__setattr__(self, "copies", check_copies(copies, owners))
+        object.__setattr__(self, "resident", check_copies(resident, owners, "resident"))
         object.__setattr__(self, "bytes", {kind: int(moved) for kind, moved in sorted(self.bytes.items())})
 
     @classmethod
-    def whole(
+    def of(
         cls,
-        owners: np.ndarray,
+        base: Base,
         copies: np.ndarray,
-        expert_bytes: int,
+        workload: Workload,
         *,
+        layout: Layout = "whole",
         dispatch: Dispatch = "local",
         timing: Timing = "hidden",
     ) -> Plan:
-        """A plan of whole experts with its bytes counted: each extra copy receives the parameters once and sends its
-        gradient back once. Gradients are counted in the parameters' dtype.
+        """A plan with its bytes counted: each copy that does not live where it is used receives the parameters (twice
+        if they are re-materialised) and sends its gradient back once; resident replicas sum gradients and share the sum.
         """
-        extra = int(np.count_nonzero(copies)) - np.size(owners)
-        moved = {"sparse_all_gather": extra * expert_bytes, "sparse_reduce_scatter": extra * expert_bytes}
-        return cls(owners, copies, moved, dispatch=dispatch, timing=timing)
+        num_devices = copies.shape[-1]
+        gathers = 2 if workload.rematerialise else 1
+        if layout == "sliced":
+            pieces = int(np.count_nonzero(copies)) * (num_devices - 1)
+            gathered = pieces * workload.expert_bytes // num_devices
+            reduced = pieces * workload.gradient_bytes // num_devices
+        else:
+            extra = int(np.count_nonzero(copies > base.resident))
+            replicas = int(np.count_nonzero(base.resident)) - base.owners.size
+            gathered = extra * workload.expert_bytes
+            reduced = (extra + 2 * replicas) * workload.gradient_bytes
+        moved = {"sparse_all_gather": gathers * gathered, "sparse_reduce_scatter": reduced}
+        return cls(base.owners, copies, moved, base.resident, layout, dispatch, timing)
 
     @property
     def num_layers(self) -> int:
@@ -144,7 +196,8 @@ class Plan:
 
     def layer(self, index: int) -> LayerPlan:
         """The placement of MoE layer ``index``: views, nothing is copied."""
-        return LayerPlan(self.owners[index], self.copies[index])
+        assert self.resident is not None
+        return LayerPlan(self.owners[index], self.copies[index], self.resident[index])
 
     def digest(self) -> int:
         """A 63-bit hash of all that the plan says, the same in every process and on every machine.
@@ -156,39 +209,5 @@ class Plan:
         digest = hashlib.blake2b("|".join(words).encode(), digest_size=8)
         digest.update(self.owners.astype("<i8", copy=False).tobytes())
         digest.update(np.packbits(self.copies).tobytes())
+        digest.update(np.packbits(self.resident).tobytes())
         return int.from_bytes(digest.digest(), "little") >> 1
-
-
-@dataclass(frozen=True, eq=False)
-class PlacementState:
-    """What a policy plans from besides the loads; equal on every rank, as the controller last published it.
-
-    Raises:
-        ValueError: owners that do not fit the cluster, or a number out of range.
-    """
-
-    owners: np.ndarray
-    """int64 [L, E]: the present owners."""
-
-    cluster: ClusterSpec
-
-    expert_bytes: int
-    """Parameter bytes of one expert, X in the paper."""
-
-    overlap_degree: int
-    """t: experts a layer whose copies travel while attention computes."""
-
-    extra_slots: int
-    """m: copies a layer that a rank has memory for, besides the experts it owns."""
-
-    window: int = DEFAULT_WINDOW
-    """w: steps whose mean load is the forecast."""
-
-    def __post_init__(self) -> None:
-        owners = check_owners(self.owners, self.cluster.num_devices)
-        if owners.ndim != 2:
-            raise ValueError(f"owners must be [L, E], got {list(owners.shape)}")
-        object.__setattr__(self, "owners", _read_only(owners))
-        for field, least in (("expert_bytes", 1), ("overlap_degree", 0), ("extra_slots", 0), ("window", 1)):
-            if getattr(self, field) < least:
-                raise ValueError(f"{field} = {getattr(self, field)}: must be at least {least}")

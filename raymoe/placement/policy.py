@@ -1,4 +1,4 @@
-"""Placement policies behind one interface: what to copy before a step, after a gate, and who owns what."""
+"""What every placement policy answers: what to copy before a step, after a gate, and where experts live."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from raymoe.placement.loads import predict
-from raymoe.placement.materialise import materialise
-from raymoe.placement.plan import LayerPlan, PlacementState, Plan, owned
+from raymoe.placement.plan import Base, LayerPlan, Plan, owned
+from raymoe.placement.state import PlacementState
 
 
 @runtime_checkable
@@ -20,84 +20,79 @@ class Policy(Protocol):
 
     name: str
 
+    source: str
+    """Where the algorithm is from."""
+
+    assumed: str
+    """What had to be assumed where the source is silent, or does not fit; empty for our own."""
+
+    rematerialise: bool
+    """Whether copies are freed after forward and gathered again in backward."""
+
+    interval: int | None
+    """Steps between calls of ``reshard``; None: never."""
+
+    knows_loads: bool
+    """Whether it is told the step's loads before the step: a bound, not a policy one can run."""
+
+    def start(self, base: Base, state: PlacementState) -> Base:
+        """The base that the policy begins with, given an even split; nothing is charged for coming to it."""
+        ...
+
     def prepare(self, history: np.ndarray, state: PlacementState) -> Plan:
         """The next step's plan from the loads of the last steps, history int64 [W, L, E], oldest first, W >= 0."""
         ...
 
-    def calibrate(self, layer: int, loads: np.ndarray, plan: Plan) -> LayerPlan:
+    def calibrate(self, layer: int, loads: np.ndarray, plan: Plan, state: PlacementState) -> LayerPlan:
         """The layer's placement once the gate has spoken, loads int64 [D, E] being the rows each rank routed."""
         ...
 
-    def reshard(self, history: np.ndarray, state: PlacementState) -> np.ndarray:
-        """Owners int64 [L, E] for the steps to come; equal to ``state.owners`` when nothing should move."""
+    def reshard(self, history: np.ndarray, state: PlacementState) -> Base:
+        """Where experts live in the steps to come; ``state.base`` itself when nothing should move."""
         ...
 
 
-class _FixedOwners:
-    """What policies do that neither calibrate nor re-shard."""
+class PolicyDefaults:
+    """What policies do that keep no replicas, neither calibrate nor re-shard, and gather copies once."""
 
-    def calibrate(self, layer: int, loads: np.ndarray, plan: Plan) -> LayerPlan:
-        """The plan's layer unchanged: calibration after the gate is off unless the policy overrides it."""
+    assumed = ""
+    rematerialise = False
+    interval: int | None = None
+    knows_loads = False
+
+    def start(self, base: Base, state: PlacementState) -> Base:
+        """The even split itself."""
+        return base
+
+    def calibrate(self, layer: int, loads: np.ndarray, plan: Plan, state: PlacementState) -> LayerPlan:
+        """The plan's layer unchanged."""
         return plan.layer(layer)
 
-    def reshard(self, history: np.ndarray, state: PlacementState) -> np.ndarray:
-        """The present owners: nothing moves."""
-        return state.owners
+    def reshard(self, history: np.ndarray, state: PlacementState) -> Base:
+        """The present base: nothing moves."""
+        return state.base
 
 
-class ExpertParallel(_FixedOwners):
+class ExpertParallel(PolicyDefaults):
     """Plain expert parallelism: tokens go to the owner, experts stay. The baseline of every comparison."""
 
     name = "ep"
+    source = "GShard (arXiv 2006.16668)"
 
     def prepare(self, history: np.ndarray, state: PlacementState) -> Plan:
         """No copies, nothing moves; the history is not looked at."""
-        return Plan.whole(state.owners, owned(state.owners, state.cluster.num_devices), state.expert_bytes)
+        return Plan.of(state.base, owned(state.base.owners, state.cluster.num_devices), state.workload)
 
 
-class Fssdp(_FixedOwners):
-    """Fully sharded sparse data parallelism: hot experts are materialised where their copies hide behind attention.
-
-    Source: arXiv 2502.02581, Algorithm 1 on the mean load of the last ``state.window`` steps.
-    """
-
-    name = "fssdp"
-
-    def prepare(self, history: np.ndarray, state: PlacementState) -> Plan:
-        """Copies by Algorithm 1, layer by layer. No history, t = 0, m = 0 or one rank: no copies and no communication.
-
-        Raises:
-            ValueError: history is not [W, L, E] with the L and E of ``state.owners``.
-        """
-        loads = predict(history, state.window)
-        if loads.shape != state.owners.shape:
-            raise ValueError(
-                f"history is of {loads.shape[0]} layers x {loads.shape[1]} experts, "
-                f"the owners are of {state.owners.shape[0]} x {state.owners.shape[1]}"
-            )
-        copies = np.stack(
-            [
-                materialise(owners_E, loads_E, state.overlap_degree, state.extra_slots, state.cluster)
-                for owners_E, loads_E in zip(state.owners, loads, strict=True)
-            ]
-        )
-        return Plan.whole(state.owners, copies, state.expert_bytes)
-
-
-_POLICIES: dict[str, Policy] = {p.name: p for p in (ExpertParallel(), Fssdp())}
-
-
-def policy_names() -> tuple[str, ...]:
-    """The names that ``policy`` knows."""
-    return tuple(_POLICIES)
-
-
-def policy(name: str) -> Policy:
-    """The policy of that name.
+def expected_loads(history: np.ndarray, state: PlacementState) -> np.ndarray:
+    """The forecast for a step, int64 [L, E] in units of 1/``LOAD_SCALE`` rows.
 
     Raises:
-        ValueError: no such policy; the message lists those there are.
+        ValueError: history is not [W, L, E] with the L and E of the owners.
     """
-    if name not in _POLICIES:
-        raise ValueError(f"no placement policy {name!r}; there are: {', '.join(policy_names())}")
-    return _POLICIES[name]
+    loads, shape = predict(history, state.window), state.base.owners.shape
+    if loads.shape != shape:
+        raise ValueError(
+            f"history is of {loads.shape[0]} layers x {loads.shape[1]} experts, the owners are of {shape[0]} x {shape[1]}"
+        )
+    return loads

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from raymoe.kernels import moe_mlp
 from raymoe.models import MoELayer, attach_runtime
-from raymoe.placement import ClusterSpec, DispatchTable, Plan, assign, locality_first
+from raymoe.placement import ClusterSpec, DispatchTable, Plan, assign
 from raymoe.training.dispatch import exchange, gather_sum, make_routes, spread
 from raymoe.training.shard import ExpertShard
 from raymoe.training.sparse import Pending, Transfers, sparse_all_gather, sparse_reduce_scatter
@@ -40,10 +40,9 @@ class SparseExperts:
     A step is `begin_step(plan)`, the model's forward, the loss's backward, `finish_backward()`; all ranks do the same.
     """
 
-    def __init__(self, model: PreTrainedModel, owners: list[list[int]], world: World, cluster: ClusterSpec):
+    def __init__(self, model: PreTrainedModel, owners: list[list[int]], world: World):
         self.layers = attach_runtime(model, self)
         self.world = world
-        self._cluster = cluster
         self.shards = [
             ExpertShard(
                 layer,
@@ -64,19 +63,21 @@ class SparseExperts:
         self.computed_rows = torch.zeros(len(self.layers), dtype=torch.int64, device=world.device)
         """int64 [L]: routed rows that this rank computed in this step."""
         self.attention_ns = [0] * len(self.layers)
-        """Time from a block's start to its experts in this step, by layer."""
+        """Time from a block's start to its experts in the last timed step, by layer."""
+        self.experts_ns = [0] * len(self.layers)
+        """Time of the experts' forward computation in it, by layer."""
+        self._is_timed = False
 
-    def reserve(self, num_copies: int) -> None:
-        """Makes room for `num_copies` copies a layer."""
-        for shard in self.shards:
-            shard.reserve(num_copies)
+    def begin_step(self, plan: Plan, cluster: ClusterSpec, is_timed: bool = False) -> None:
+        """Takes the step's plan; nothing is sent before the first block starts.
 
-    def begin_step(self, plan: Plan) -> None:
-        """Takes the step's plan; nothing is sent before the first block starts."""
+        Args:
+            is_timed: measure what the cost model asks for; the device is synchronised for it.
+        """
+        self._is_timed = is_timed
+        rank = self.world.rank
         self._steps = [
-            _LayerStep(
-                Transfers.of(layer_plan, self.world.rank), locality_first(layer_plan, self.world.rank, self._cluster)
-            )
+            _LayerStep(Transfers.of(layer_plan, rank), DispatchTable(layer_plan, [rank], cluster, plan.dispatch))
             for layer_plan in map(plan.layer, range(plan.num_layers))
         ]
         for shard in self.shards:
@@ -88,9 +89,11 @@ class SparseExperts:
     def __call__(self, layer: MoELayer, hidden: Tensor, expert_index: Tensor, expert_weight: Tensor) -> Tensor:
         """hidden [T, H], expert_index [T, K], expert_weight [T, K] -> [T, H]."""
         step, shard, world = self._steps[layer.index], self.shards[layer.index], self.world
-        self.attention_ns[layer.index] = time.perf_counter_ns() - step.block_started_ns
+        if self._is_timed:
+            self.attention_ns[layer.index] = self._now_ns() - step.block_started_ns
         self.loads[layer.index] = expert_index.flatten().bincount(minlength=layer.num_experts + 1)[:-1]
-        rank_TK = torch.from_numpy(assign(expert_index.flatten().cpu().numpy(), step.dispatch))
+        counts_ED = step.dispatch.counts(self.loads[layer.index].cpu().numpy()[None])[0]
+        rank_TK = torch.from_numpy(assign(expert_index.flatten().cpu().numpy(), counts_ED))
         rank_TK = rank_TK.to(hidden.device).view_as(expert_index)
         routes = make_routes(rank_TK, world)
 
@@ -108,6 +111,7 @@ class SparseExperts:
         slot_MK = step.slots[index_MK]
         self.computed_rows[layer.index] = (slot_MK < len(shard.pool)).sum()
         gate_up, down, biases = shard.weights()
+        started_ns = self._now_ns()
         partial_M = moe_mlp(
             hidden_M,
             gate_up,
@@ -118,6 +122,7 @@ class SparseExperts:
             biases=biases,
             grad_into=shard.weight_gradients(),
         )
+        self.experts_ns[layer.index] = self._now_ns() - started_ns
         return gather_sum(exchange(partial_M, *back), routes)
 
     def finish_backward(self) -> None:
@@ -131,9 +136,14 @@ class SparseExperts:
 
     def _start_gather(self, index: int) -> None:
         step, shard = self._steps[index], self.shards[index]
-        step.block_started_ns = time.perf_counter_ns()
+        step.block_started_ns = self._now_ns()
         step.gather = sparse_all_gather(shard, step.transfers, self.world)
         step.slots = shard.slot_table()
+
+    def _now_ns(self) -> int:
+        if self._is_timed and self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+        return time.perf_counter_ns()
 
     def _gradient_ready(self, index: int) -> None:
         # last layer first on every rank, whatever order the gradients come in: both ends of a pair must agree

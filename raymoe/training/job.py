@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from raymoe.config import ConfigError, TrainConfig
-from raymoe.models import CheckpointWriter, load_without_experts, moe_layers
-from raymoe.placement import check_owners, even_owners
+from raymoe.models import CheckpointWriter, MoELayer, load_without_experts, moe_layers
+from raymoe.placement import ClusterSpec, Workload, check_owners, even_owners
 from raymoe.training.batches import Batches, TokenStream, pack
 from raymoe.training.publication import Publication
 from raymoe.training.text import Document, read_documents, split_documents
@@ -33,6 +33,8 @@ class TrainJob:
     balance_weight: float
     num_experts: int
     num_layers: int
+    workload: Workload
+    """What a MoE layer moves and computes; its times are measured once the workers run."""
     expert_parameters: int
     """Parameters of all experts."""
     total_parameters: int
@@ -40,11 +42,31 @@ class TrainJob:
     train_bytes: int
 
     @property
+    def overlap_degree(self) -> int | None:
+        """The cap that the configuration sets."""
+        degree = self.config.experts.overlap_degree
+        return None if degree == "auto" else degree
+
+    @property
+    def extra_slots(self) -> int:
+        """Copies a layer that a worker may hold: by default as many as it owns."""
+        slots = self.config.experts.extra_slots
+        return -(-self.num_experts // self.config.workers) if slots is None else slots
+
+    @property
     def first_publication(self) -> Publication:
+        """What holds until times and links are measured: no copies, unless their number does not depend on them."""
         experts = self.config.experts
-        degree = 0 if experts.overlap_degree == "auto" else experts.overlap_degree
-        slots = degree if experts.extra_slots is None else experts.extra_slots
-        return Publication(0, experts.policy, degree, slots, experts.window)
+        waits = experts.policy == "fssdp" or self.overlap_degree is None
+        return Publication(
+            0,
+            experts.policy,
+            ClusterSpec.even(1, self.config.workers, intra_bytes_s=1),
+            self.workload,
+            0 if waits else self.extra_slots,
+            self.overlap_degree,
+            experts.window,
+        )
 
 
 @dataclass(frozen=True)
@@ -115,12 +137,25 @@ def prepare_job(config: TrainConfig, folder: Path, text: PreparedText) -> TrainJ
         balance_weight=balance,
         num_experts=num_experts,
         num_layers=num_layers,
+        workload=_workload(layers[0], model_config.get_text_config().hidden_size, DTYPES[config.model.dtype]),
         expert_parameters=sum(
             layer.num_experts * sum(field.numel for field in layer.layout.fields) for layer in layers
         ),
         total_parameters=sum(parameter.numel() for parameter in model.parameters()),
         train_tokens=len(text.train.tokens),
         train_bytes=text.train.num_bytes,
+    )
+
+
+def _workload(layer: MoELayer, hidden_size: int, dtype: torch.dtype) -> Workload:
+    parameters = sum(field.numel for field in layer.layout.fields)
+    return Workload(
+        expert_bytes=parameters * dtype.itemsize,
+        row_bytes=hidden_size * dtype.itemsize,
+        row_flops=2 * parameters,
+        choices=layer.top_k,
+        # two moments
+        state_bytes=2 * parameters * dtype.itemsize,
     )
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from raymoe.placement import ClusterSpec, Workload
+
 
 @dataclass(frozen=True)
 class Publication:
@@ -10,11 +12,16 @@ class Publication:
     version: int
     """From 0 upwards; each publication has a higher one than the last."""
     policy: str
-    overlap_degree: int
-    """t of Algorithm 1."""
+    cluster: ClusterSpec
+    """Which rank sits where, and what was measured of links and devices."""
+    workload: Workload
+    """What a MoE layer costs, as measured."""
     extra_slots: int
-    """m of Algorithm 1."""
-    window: int
+    """m: copies a layer that a rank may hold."""
+    overlap_degree: int | None = None
+    """t: experts a layer that may be copied in a step; None: as many as the policy finds good."""
+    window: int = 5
+    """Steps whose mean load is the forecast."""
 
 
 class PublicationBox:
@@ -35,10 +42,7 @@ class PublicationBox:
     def put(self, publication: Publication) -> None:
         self._held = {**self._held, publication.version: publication}
 
-    def agree(self, version: int) -> bool:
-        """Applies the publication that all ranks hold; True if it is a new one."""
-        if version == self.applied.version:
-            return False
+    def agree(self, version: int) -> None:
+        """Applies the publication that all ranks hold."""
         self.applied = self._held[version]
         self._held = {v: publication for v, publication in self._held.items() if v >= version}
-        return True

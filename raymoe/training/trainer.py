@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from raymoe.config import OptimizerConfig
 from raymoe.models import CheckpointWriter, ExpertFiles, expert_parameter_names, warm_up_layers
-from raymoe.placement import ClusterSpec, PlacementState, Plan, policy
+from raymoe.placement import Base, PlacementState, Plan, policy
 from raymoe.training.batches import rank_slice
 from raymoe.training.fssdp import SparseExperts
 from raymoe.training.loss import RouterLogits, balance_loss, token_loss_sum
@@ -61,7 +61,9 @@ class StepReport:
     moved_bytes: dict[str, int]
     """Bytes this rank sent in this step, by kind of collective."""
     attention_ns: int
-    """From a block's start to its experts: the median over layers."""
+    """From a block's start to its experts: the median over layers; 0 if the step was not timed."""
+    row_ns: float
+    """Forward computation of one routed row in its expert: the mean over layers; 0 if the step was not timed."""
 
 
 class Trainer:
@@ -85,11 +87,9 @@ class Trainer:
         self._batch = batch
         self._owners = owners
         self.expert_bytes = files.expert_bytes
-        # one node until the controller tells which rank sits where; bandwidths matter to the controller alone
-        self._cluster = ClusterSpec.even(1, world.size, intra_bytes_s=1)
         self.publications = PublicationBox(config.publication)
         self._agreed = config.publication.version
-        self.experts = SparseExperts(model, owners.tolist(), world, self._cluster)
+        self.experts = SparseExperts(model, owners.tolist(), world)
         self._read_owned(files)
         warm_up_layers(self.experts.layers, model.dtype, world.device, is_training=True)
         self._router_logits = RouterLogits(self.experts.layers)
@@ -97,7 +97,6 @@ class Trainer:
         dense = [p for name, p in model.named_parameters() if name not in expert_parameters]
         self.optimizer = ShardedAdamW(dense, self.experts.shards, config.optimizer, config.steps, world)
         self._history: deque[np.ndarray] = deque()
-        self._reserve()
 
     def step(self, number: int) -> StepReport:
         """Runs step `number`, counting from 0, in lock step with the other ranks.
@@ -108,10 +107,11 @@ class Trainer:
         """
         started = time.perf_counter()
         sent_before = self.world.moved_bytes.copy()
-        if self.publications.agree(self._agreed):
-            self._reserve()
+        self.publications.agree(self._agreed)
         plan = self._plan()
-        self.experts.begin_step(plan)
+        # until the controller has heard enough and published what it makes of it
+        is_timed = self.publications.applied.version == 0
+        self.experts.begin_step(plan, self.publications.applied.cluster, is_timed)
         self.optimizer.zero_gradients()
 
         batch = self._batch(number)
@@ -144,14 +144,20 @@ class Trainer:
             computed_rows=self.experts.computed_rows.cpu().numpy().copy(),
             copies=int(plan.copies.sum()) - plan.owners.size,
             moved_bytes=dict(self.world.moved_bytes - sent_before),
-            attention_ns=int(np.median(self.experts.attention_ns)),
+            attention_ns=int(np.median(self.experts.attention_ns)) if is_timed else 0,
+            row_ns=self._row_ns() if is_timed else 0.0,
         )
 
-    def measure_bandwidth(self, repeats: int = 5) -> int:
-        """Bytes per second at which this rank sends an expert while it receives one, all ranks at once; 0 if alone."""
+    def measure_links(self) -> tuple[int, int]:
+        """Bytes per second at which this rank sends an expert while it receives one, all ranks at once, and the time of a
+        message of one byte in nanoseconds; (0, 0) if it is alone."""
         if self.world.size == 1:
-            return 0
-        out = torch.zeros(self.expert_bytes, dtype=torch.uint8, device=self.world.device)
+            return 0, 0
+        latency_s, expert_s = self._message_s(1), self._message_s(self.expert_bytes)
+        return int(self.expert_bytes / max(expert_s - latency_s, 1e-9)), int(latency_s * 1e9)
+
+    def _message_s(self, num_bytes: int, repeats: int = 5) -> float:
+        out = torch.zeros(num_bytes, dtype=torch.uint8, device=self.world.device)
         into = torch.empty_like(out)
         following = (self.world.rank + 1) % self.world.size
         preceding = (self.world.rank - 1) % self.world.size
@@ -165,8 +171,14 @@ class Trainer:
             ]
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
+            if into.is_cuda:
+                torch.cuda.synchronize(into.device)
             times_s.append(time.perf_counter() - started)
-        return int(self.expert_bytes / np.median(times_s))
+        return float(np.median(times_s))
+
+    def _row_ns(self) -> float:
+        rows = int(self.experts.computed_rows.sum())
+        return sum(self.experts.experts_ns) / rows if rows else 0.0
 
     def write(self, writer: CheckpointWriter | None) -> None:
         """Brings every layer's experts to rank 0, one layer at a time, and writes them; all ranks call it, rank 0 with a
@@ -184,11 +196,11 @@ class Trainer:
     def _plan(self) -> Plan:
         published = self.publications.applied
         state = PlacementState(
-            owners=self._owners,
-            cluster=self._cluster,
-            expert_bytes=self.expert_bytes,
-            overlap_degree=published.overlap_degree,
+            base=Base.of_owners(self._owners, self.world.size),
+            cluster=published.cluster,
+            workload=published.workload,
             extra_slots=published.extra_slots,
+            overlap_degree=published.overlap_degree,
             window=published.window,
         )
         while len(self._history) > published.window:
@@ -211,11 +223,6 @@ class Trainer:
             )
         self._agreed = newest
         return loads
-
-    def _reserve(self) -> None:
-        published = self.publications.applied
-        if policy(published.policy).name != "ep" and self.world.size > 1:
-            self.experts.reserve(min(published.overlap_degree, published.extra_slots))
 
     def _read_owned(self, files: ExpertFiles) -> None:
         for shard in self.experts.shards:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raymoe.actors import WorkerGroup, WorkersFailed, ray_session
 from raymoe.models import moe_layers
+from raymoe.placement import overlap_degree
 from raymoe.telemetry import read_trace
 
 
@@ -26,7 +27,7 @@ def living_actors() -> int:
 
 
 def test_two_workers_train_save_and_leave_a_trace(job, tmp_path):
-    this = job()
+    this = job(experts={"policy": "fssdp-paper"})
     with WorkerGroup(this) as group:
         group.start()
         steps = list(group.train())
@@ -36,10 +37,14 @@ def test_two_workers_train_save_and_leave_a_trace(job, tmp_path):
 
     assert [step.step for step in steps] == list(range(12))
     assert steps[-1].loss < steps[0].loss - 0.5
-    # the measured overlap was published once and applied: copies are made after it, none before
+    # what was measured was published once and applied: copies are made after it, none before
     assert published.version == 1
     assert steps[0].copies == 0
-    assert (steps[-1].copies > 0) == (published.overlap_degree > 0)
+    measured = published.cluster, published.workload
+    degree = overlap_degree(measured[1].attention_ns, measured[0].budget_bytes_s, measured[1].expert_bytes)
+    assert (steps[-1].copies > 0) == (degree > 0)
+    assert measured[0].num_devices == 2
+    assert min(measured[0].flops_s, measured[0].latency_ns, measured[1].attention_ns) > 1
     assert all(state["kernel_calls"] == {"torch": 24} for state in states)
     assert [state["owned_experts"] for state in states] == [[4, 4], [4, 4]]
 

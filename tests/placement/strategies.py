@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from hypothesis import strategies as st
 
-from raymoe.placement import ClusterSpec, LayerPlan, PlacementState
+from raymoe.placement import Base, ClusterSpec, LayerPlan, PlacementState, Workload
+
+WORKLOAD = Workload(expert_bytes=1000, row_bytes=10, row_flops=100)
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Case:
     m: int
 
     def state(self) -> PlacementState:
-        return PlacementState(self.owners_E[None], self.cluster, 1000, self.t, self.m)
+        base = Base.of_owners(self.owners_E[None], self.cluster.num_devices)
+        return PlacementState(base, self.cluster, WORKLOAD, extra_slots=self.m, overlap_degree=self.t)
 
 
 def cluster_of(*ranks_per_node: int) -> ClusterSpec:
@@ -52,3 +55,11 @@ def layer_plans(draw) -> tuple[LayerPlan, ClusterSpec]:
     )
     copies[np.arange(num_experts), owners] = 1
     return LayerPlan(owners, copies), cluster
+
+
+@st.composite
+def routed_rows(draw, layer: LayerPlan, most: int = 60) -> np.ndarray:
+    """int64 [D, E], rows that each rank routed; some ranks and experts have none."""
+    size = layer.num_devices * layer.num_experts
+    counts = draw(st.lists(st.sampled_from([0, 0, 1, 2, 7, most]), min_size=size, max_size=size))
+    return np.array(counts, dtype=np.int64).reshape(layer.num_devices, layer.num_experts)

@@ -39,6 +39,9 @@ def test_survives_pickling_after_use():
         ({"intra_bytes_s": 0}, "intra_bytes_s = 0"),
         ({"inter_bytes_s": 1.5}, "inter_bytes_s = 1.5"),
         ({"latency_ns": -1}, "latency_ns = -1"),
+        ({"flops_s": 0}, "flops_s = 0"),
+        ({"memory_bytes": 0}, "memory_bytes = 0"),
+        ({"overlap_percent": 101}, "at most 100"),
     ],
 )
 def test_refuses_what_cannot_be(fields, said):

@@ -1,59 +1,90 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymoe.placement import LayerPlan, assign, dispatch_rows, locality_first
-from tests.placement.strategies import cluster_of, layer_plans
+from raymoe.placement import ClusterSpec, DispatchTable, LayerPlan, assign, dispatch_counts
+from tests.placement.strategies import cluster_of, layer_plans, routed_rows
+
+WORDS = ["local", "node", "even", "capacity"]
 
 
-def oracle(experts: list[int], layer: LayerPlan, rank: int, cluster) -> list[int]:
-    seen: dict[int, int] = {}
-    ranks = []
-    for e in experts:
-        if e == layer.num_experts:
-            ranks.append(-1)
-            continue
-        holders = np.flatnonzero(layer.copies[e]).tolist()
-        near = [d for d in holders if cluster.node_of[d] == cluster.node_of[rank]]
-        choices = [rank] if rank in holders else near or holders
-        ranks.append(choices[(rank + e + seen.get(e, 0)) % len(choices)])
-        seen[e] = seen.get(e, 0) + 1
-    return ranks
+def sharers(layer: LayerPlan, e: int, rank: int, cluster: ClusterSpec, word: str) -> list[int]:
+    holders = np.flatnonzero(layer.copies[e]).tolist()
+    near = [d for d in holders if cluster.node_of[d] == cluster.node_of[rank]]
+    if word == "local" and rank in holders:
+        return [rank]
+    return holders if word == "even" else near or holders
 
 
 @st.composite
 def dispatches(draw):
     layer, cluster = draw(layer_plans())
-    rank = draw(st.integers(0, cluster.num_devices - 1))
-    experts = draw(st.lists(st.integers(0, layer.num_experts), max_size=40))
-    return experts, layer, rank, cluster
+    return layer, cluster, draw(routed_rows(layer))
 
 
-@given(dispatches())
-def test_matches_the_rule_row_by_row(dispatch):
-    experts, layer, rank, cluster = dispatch
-    assert dispatch_rows(np.array(experts, dtype=np.int64), layer, rank, cluster).tolist() == oracle(*dispatch)
+@pytest.mark.parametrize("word", ["local", "node", "even"])
+@given(case=dispatches())
+def test_copies_that_share_take_turns(word, case):
+    layer, cluster, rows_DE = case
+    counts = dispatch_counts(rows_DE, layer, cluster, word)
+    for rank, e in np.ndindex(*rows_DE.shape):
+        near = sharers(layer, e, rank, cluster, word)
+        turns = Counter(near[(rank + e + i) % len(near)] for i in range(rows_DE[rank, e]))
+        assert counts[rank, e].tolist() == [turns[d] for d in range(cluster.num_devices)]
 
 
-@given(dispatches())
-def test_every_row_goes_to_one_holder(dispatch):
-    experts, layer, rank, cluster = dispatch
-    ranks = dispatch_rows(np.array(experts, dtype=np.int64), layer, rank, cluster)
-    assert ranks.shape == (len(experts),)
-    for expert, to in zip(experts, ranks, strict=True):
-        assert (to == -1) if expert == layer.num_experts else layer.copies[expert, to]
+@pytest.mark.parametrize("word", WORDS)
+@given(case=dispatches())
+def test_no_row_is_lost_and_all_go_to_holders(word, case):
+    layer, cluster, rows_DE = case
+    counts = dispatch_counts(rows_DE, layer, cluster, word)
+    assert (counts.sum(axis=2) == rows_DE).all()
+    assert counts.min() >= 0
+    assert (counts.sum(axis=0)[layer.copies == 0] == 0).all()
 
 
-@given(dispatches())
-def test_sharing_copies_get_equal_shares(dispatch):
-    experts, layer, rank, cluster = dispatch
-    table = locality_first(layer, rank, cluster)
-    ranks = assign(np.array(experts, dtype=np.int64), table)
+@given(case=dispatches())
+def test_capacity_gives_every_copy_the_same(case):
+    layer, cluster, rows_DE = case
+    given_ED = dispatch_counts(rows_DE, layer, cluster, "capacity").sum(axis=0)
     for e in range(layer.num_experts):
-        rows = np.bincount(ranks[np.array(experts, dtype=np.int64) == e], minlength=cluster.num_devices)
-        shared = rows[table.ranks_EC[e, : table.num_E[e]]]
-        assert shared.max() - shared.min() <= 1
+        of_copies = given_ED[e][layer.copies[e] == 1]
+        assert of_copies.max() - of_copies.min() <= 1
+
+
+@given(case=dispatches())
+def test_capacity_keeps_what_a_rank_has_room_for(case):
+    layer, cluster, rows_DE = case
+    counts = dispatch_counts(rows_DE, layer, cluster, "capacity")
+    for rank, e in np.ndindex(*rows_DE.shape):
+        if layer.copies[e, rank]:
+            taken = counts[:, e, rank].sum()
+            assert counts[rank, e, rank] == min(rows_DE[rank, e], taken)
+
+
+def test_capacity_stays_on_the_node_where_it_can():
+    # ranks 0 and 3 route 4 rows each; ranks 1 and 2, one on each node, hold copies and take 4 each
+    layer = LayerPlan(np.array([1]), np.array([[0, 1, 1, 0]], dtype=np.uint8))
+    rows = np.array([[4], [0], [0], [4]])
+    counts = dispatch_counts(rows, layer, cluster_of(2, 2), "capacity")
+    assert counts[0, 0].tolist() == [0, 4, 0, 0]
+    assert counts[3, 0].tolist() == [0, 0, 4, 0]
+
+
+@given(case=dispatches(), seed=st.integers(0, 2**32 - 1))
+def test_assigned_rows_are_those_that_were_counted(case, seed):
+    layer, cluster, rows_DE = case
+    experts = np.repeat(np.arange(layer.num_experts + 1), [*rows_DE[0], 3])
+    np.random.default_rng(seed).shuffle(experts)
+    counts_ED = DispatchTable(layer, [0], cluster).counts(rows_DE[:1])[0]
+    ranks = assign(experts, counts_ED)
+    assert (ranks[experts == layer.num_experts] == -1).all()
+    for e in range(layer.num_experts):
+        assert (np.bincount(ranks[experts == e], minlength=cluster.num_devices) == counts_ED[e]).all()
+        assert (np.diff(ranks[experts == e]) >= 0).all()
 
 
 def test_by_hand():
@@ -61,19 +92,20 @@ def test_by_hand():
     copies = np.array([[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 1, 1]], dtype=np.uint8)
     layer = LayerPlan(np.array([0, 1, 2]), copies)
     rows = np.array([0, 1, 2, 2, 0, 2, 3])
-    # expert 0 is here; 1 has a copy on this node; 2 is shared by ranks 2 and 3, from start (0 + 2) % 2; 3 is no expert
-    assert dispatch_rows(rows, layer, 0, cluster_of(2, 2)).tolist() == [0, 1, 2, 3, 0, 2, -1]
+    counts_ED = DispatchTable(layer, [0], cluster_of(2, 2)).counts(np.array([[2, 1, 3]]))[0]
+    # expert 0 is here; 1 has a copy on this node; 2 is shared by ranks 2 and 3, the odd row starting at (0 + 2) % 2
+    assert counts_ED.tolist() == [[2, 0, 0, 0], [0, 1, 0, 0], [0, 0, 2, 1]]
+    assert assign(rows, counts_ED).tolist() == [0, 1, 2, 2, 0, 3, -1]
 
 
 def test_ranks_start_at_different_copies():
     layer = LayerPlan(np.array([2]), np.array([[0, 0, 1, 1]], dtype=np.uint8))
-    firsts = [int(dispatch_rows(np.array([0]), layer, rank, cluster_of(2, 2))[0]) for rank in (0, 1)]
-    assert firsts == [2, 3]
+    counts = dispatch_counts(np.ones((4, 1), dtype=int), layer, cluster_of(2, 2))
+    assert [int(counts[rank, 0].argmax()) for rank in (0, 1)] == [2, 3]
 
 
 def test_no_rows():
-    layer = LayerPlan(np.array([0]), np.array([[1, 1]], dtype=np.uint8))
-    assert dispatch_rows(np.array([], dtype=np.int64), layer, 0, cluster_of(2)).size == 0
+    assert assign(np.array([], dtype=np.int64), np.zeros((1, 2), dtype=np.int64)).size == 0
 
 
 @pytest.mark.parametrize(
@@ -82,15 +114,21 @@ def test_no_rows():
         (np.array([0, 4]), "from 0 to 4, but there are 3 experts"),
         (np.array([-1]), "from -1"),
         (np.zeros(2), "integers"),
+        (np.array([1, 1]), "gives expert 1 0 rows, expert_index 2"),
     ],
 )
 def test_bad_rows_are_refused(rows, said):
-    layer = LayerPlan(np.array([0, 0, 0]), np.ones((3, 2), dtype=np.uint8))
     with pytest.raises(ValueError, match=said):
-        dispatch_rows(rows, layer, 0, cluster_of(2))
+        assign(rows, np.zeros((3, 2), dtype=np.int64))
 
 
 def test_a_plan_for_other_ranks_is_refused():
     layer = LayerPlan(np.array([0]), np.ones((1, 2), dtype=np.uint8))
-    with pytest.raises(ValueError, match="rank 0 of a cluster of 3 cannot dispatch by a plan for 2"):
-        locality_first(layer, 0, cluster_of(3))
+    with pytest.raises(ValueError, match=r"ranks \[0\] of a cluster of 3 cannot dispatch by a plan for 2"):
+        DispatchTable(layer, [0], cluster_of(3))
+
+
+def test_rows_of_another_model_are_refused():
+    layer = LayerPlan(np.array([0]), np.ones((1, 2), dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"rows are \[2, 3\], the plan is for 2 ranks x 1 experts"):
+        dispatch_counts(np.zeros((2, 3), dtype=int), layer, cluster_of(2))

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymoe.placement import LOAD_SCALE, predict
+from raymoe.placement import LOAD_SCALE, forecast_error, predict
 
 
 def history(*samples) -> np.ndarray:
@@ -47,3 +47,21 @@ def test_narrow_counters_do_not_overflow():
 def test_refuses_what_is_not_a_history(past, window, said):
     with pytest.raises(ValueError, match=said):
         predict(past, window)
+
+
+def test_last_and_exponential_by_hand():
+    past = history([7, 0], [1, 0], [4, 3])
+    assert predict(past, forecast="last").tolist() == [[4 * LOAD_SCALE, 3 * LOAD_SCALE]]
+    # weights 1, 2, 4
+    expected = [(7 + 2 * 1 + 4 * 4) * LOAD_SCALE // 7, 4 * 3 * LOAD_SCALE // 7]
+    assert predict(past, forecast="exponential").tolist() == [expected]
+
+
+def test_an_unknown_forecast_lists_the_known_ones():
+    with pytest.raises(ValueError, match="choose one of mean, last, exponential"):
+        predict(history([1]), forecast="median")
+
+
+def test_error_is_the_share_that_was_misplaced():
+    forecast, loads = np.array([[6, 4], [1, 1], [0, 0]]), np.array([[10, 0], [30, 30], [0, 0]])
+    assert forecast_error(forecast, loads).tolist() == pytest.approx([0.4, 0, 0])

@@ -1,0 +1,152 @@
+"""Fully sharded sparse data parallelism: hot experts are materialised on other ranks, step by step.
+
+Source: Hecate (arXiv 2502.02581). ``fssdp-paper`` is its Algorithm 1 with the overlap degree as a hard cap. ``fssdp`` asks
+what copies bring: it adds replicas while the modelled time of the layer falls, exposed transfers counted, so it may choose
+none; it corrects itself once the gate has spoken, and re-shards cold experts over all layers (Algorithm 2).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from raymoe.placement.benefit import PrefixTimes, prefix_times
+from raymoe.placement.cost import exchange_ns, move_links
+from raymoe.placement.loads import LOAD_SCALE
+from raymoe.placement.materialise import materialise, overlap_degree
+from raymoe.placement.plan import Base, LayerPlan, Plan, owned
+from raymoe.placement.policy import PolicyDefaults, expected_loads
+from raymoe.placement.sharding import heterogeneous_owners
+from raymoe.placement.state import PlacementState
+from raymoe.placement.uniform import uniform_moe_ns
+
+CALIBRATION_MARGIN = 0.03
+"""A late copy must save this share of the layer's modelled time."""
+
+RESHARD_INTERVAL = 100
+"""Steps between two re-shardings. Source: arXiv 2502.02581, section 6."""
+
+
+class FssdpPaper(PolicyDefaults):
+    """Algorithm 1 with t = what hides behind attention, whether that many pay or not."""
+
+    name = "fssdp-paper"
+    source = "Hecate (arXiv 2502.02581), Algorithm 1"
+    assumed = "rounding and tie-breaks as in raymoe.placement.materialise; bandwidth of a node's NIC for t"
+
+    def prepare(self, history: np.ndarray, state: PlacementState) -> Plan:
+        """Copies by Algorithm 1, layer by layer. No history, t = 0, m = 0 or one rank: no copies and no communication."""
+        loads = expected_loads(history, state)
+        degree = paper_degree(state)
+        copies = [
+            materialise(owners_E, loads_E, degree, state.extra_slots, state.cluster)
+            for owners_E, loads_E in zip(state.base.owners, loads, strict=True)
+        ]
+        return Plan.of(state.base, np.stack(copies), state.workload)
+
+
+class FssdpPaperRemat(FssdpPaper):
+    """The same with re-materialisation: copies cost the memory of two layers, and a second gather in backward."""
+
+    name = "fssdp-paper-rm"
+    rematerialise = True
+
+
+class Fssdp(PolicyDefaults):
+    """The cost-benefit form."""
+
+    name = "fssdp"
+    source = "Hecate (arXiv 2502.02581) with a cost-benefit overlap degree of our own"
+    interval = RESHARD_INTERVAL
+    calibrates = True
+
+    def prepare(self, history: np.ndarray, state: PlacementState) -> Plan:
+        """As many of each layer's hottest experts everywhere as make its modelled time least, if there is memory for
+        them; else Algorithm 1 fills the slots if that is faster than fewer experts everywhere."""
+        loads = expected_loads(history, state)
+        owners = state.base.owners
+        times = prefix_times(owners, loads, state.workload, state.cluster)
+        best_L = _best(times, state)
+        copies = everywhere(owned(owners, state.cluster.num_devices), times.order_LE, best_L)
+        wanted_L = np.argmin(times.moe_LT, axis=1)
+        for layer in np.flatnonzero(wanted_L > best_L).tolist() if state.extra_slots else ():
+            degree = _most(state, int(wanted_L[layer]))
+            filled = materialise(owners[layer], loads[layer], degree, state.extra_slots, state.cluster)
+            many_ns = uniform_moe_ns(LayerPlan(owners[layer], filled), loads[layer], state.workload, state.cluster)
+            if many_ns < times.moe_LT[layer, best_L[layer]]:
+                copies[layer] = filled
+        return Plan.of(state.base, copies, state.workload)
+
+    def calibrate(self, layer: int, loads: np.ndarray, plan: Plan, state: PlacementState) -> LayerPlan:
+        """Further experts everywhere, late, if the layer's modelled time falls by ``CALIBRATION_MARGIN`` even so."""
+        planned = plan.layer(layer)
+        if not self.calibrates or state.cluster.num_devices == 1:
+            return planned
+        everywhere_E = planned.copies.all(axis=1)
+        free = state.extra_slots - int(planned.extra_copies().sum(axis=0).max())
+        there = int(everywhere_E.sum())
+        loads_E = loads.sum(axis=0, dtype=np.int64) * LOAD_SCALE
+        times = prefix_times(
+            planned.owners[None], loads_E[None], state.workload, state.cluster, everywhere_LE=everywhere_E[None]
+        )
+        allowed_T = times.moe_LT[0, there : there + max(free, 0) + 1]
+        best = int(np.argmin(allowed_T))
+        if allowed_T[best] > (1 - CALIBRATION_MARGIN) * allowed_T[0]:
+            return planned
+        copies = planned.copies.copy()
+        copies[times.order_LE[0, : there + best]] = 1
+        return LayerPlan(planned.owners, copies, planned.resident)
+
+    def reshard(self, history: np.ndarray, state: PlacementState) -> Base:
+        """Algorithm 2, if what the modelled layers gain until the next time is more than moving the experts takes."""
+        loads = expected_loads(history, state)
+        owners, cluster = state.base.owners, state.cluster
+        if cluster.num_devices == 1 or not loads.any():
+            return state.base
+        now = prefix_times(owners, loads, state.workload, cluster)
+        best_L = _best(now, state)
+        others = heterogeneous_owners(loads, best_L, cluster, owners)
+        then = prefix_times(others, loads, state.workload, cluster)
+        layers = np.arange(len(best_L))
+        gain_ns = float((now.moe_LT[layers, best_L] - then.moe_LT[layers, _best(then, state)]).sum())
+        moved = Base.of_owners(others, cluster.num_devices)
+        move_ns = exchange_ns(move_links(state.base, moved, state.workload, cluster), cluster)
+        return moved if gain_ns * RESHARD_INTERVAL > move_ns else state.base
+
+
+class FssdpRemat(Fssdp):
+    """The cost-benefit form with re-materialisation."""
+
+    name = "fssdp-rm"
+    rematerialise = True
+
+
+class FssdpKnown(Fssdp):
+    """``fssdp`` that is told the step's loads: what its forecast and its late copies cost it."""
+
+    name = "fssdp-known"
+    knows_loads = True
+    calibrates = False
+
+
+def paper_degree(state: PlacementState) -> int:
+    """``state.overlap_degree``, or what the paper's formula gives for this cluster and layer."""
+    if state.overlap_degree is not None:
+        return state.overlap_degree
+    return overlap_degree(state.workload.attention_ns, state.cluster.budget_bytes_s, state.workload.expert_bytes)
+
+
+def everywhere(copies_LED: np.ndarray, order_LE: np.ndarray, num_L: np.ndarray) -> np.ndarray:
+    """The copies with the first ``num_L`` experts of each layer's order on all ranks; written in place."""
+    chosen_LE = np.zeros(order_LE.shape, dtype=bool)
+    np.put_along_axis(chosen_LE, order_LE, np.arange(order_LE.shape[1]) < num_L[:, None], 1)
+    copies_LED[chosen_LE] = 1
+    return copies_LED
+
+
+def _best(times: PrefixTimes, state: PlacementState) -> np.ndarray:
+    """The number of experts everywhere that takes least, within the slots and the cap: int64 [L]."""
+    return np.argmin(times.moe_LT[:, : _most(state, state.extra_slots) + 1], axis=1)
+
+
+def _most(state: PlacementState, wanted: int) -> int:
+    return wanted if state.overlap_degree is None else min(wanted, state.overlap_degree)
