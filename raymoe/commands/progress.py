@@ -1,14 +1,18 @@
 """What a person sees while a command runs: stages with their outcome, and a bar for training."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from raymoe.actors import StepSummary
+if TYPE_CHECKING:  # what only reads or plans needs no Ray
+    from raymoe.actors import StepSummary
 
 _LINES = 20
 
@@ -48,7 +52,7 @@ class TrainingProgress:
         )
         self._task = self._bar.add_task("training", total=steps, numbers="")
 
-    def __enter__(self) -> "TrainingProgress":
+    def __enter__(self) -> TrainingProgress:
         self._bar.start()
         return self
 

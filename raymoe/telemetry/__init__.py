@@ -7,7 +7,8 @@ metrics needs no matplotlib.
 from raymoe.lazy import lazy_exports
 from raymoe.telemetry.metrics import METRICS, Exporter, Metric, set_exporter, snapshot
 from raymoe.telemetry.results import run_meta, write_json
-from raymoe.telemetry.trace import TRACE_VERSION, TraceWriter, read_trace, trace_schema
+from raymoe.telemetry.trace import TRACE_VERSION, TraceWriter, trace_schema
+from raymoe.telemetry.trace_files import load_counts, read_trace
 
 _HOMES = dict.fromkeys(("Answer", "Number", "Report", "Score", "Serving", "Table", "Training"), "parts")
 _HOMES |= {"write_report": "report"}
@@ -19,6 +20,7 @@ __all__ = [
     "Exporter",
     "Metric",
     "TraceWriter",
+    "load_counts",
     "read_trace",
     "run_meta",
     "set_exporter",

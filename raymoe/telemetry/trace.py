@@ -10,7 +10,8 @@ Schema of version 1, kind "counts": one row a (step, layer, rank), in the order 
 | counts | fixed_size_list<int64>[E] | rows of that rank that the gate gave to expert 0..E-1 |
 
 The file's metadata says ``raymoe.trace.kind``, ``raymoe.trace.version``, ``raymoe.trace.num_layers`` and
-``raymoe.trace.num_experts``. L = MoE layers, E = experts a layer, N = rows of the file.
+``raymoe.trace.num_experts``, and, where every token took equally many experts, ``raymoe.trace.choices``. ``trace_files`` reads
+them back. L = MoE layers, E = experts a layer.
 """
 
 from __future__ import annotations
@@ -21,21 +22,22 @@ from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 TRACE_VERSION = 1
-_PREFIX = "raymoe.trace."
-_INDEX_FIELDS = {"step": pa.int64(), "layer": pa.int32(), "rank": pa.int32()}
+METADATA_PREFIX = "raymoe.trace."
+INDEX_FIELDS = {"step": pa.int64(), "layer": pa.int32(), "rank": pa.int32()}
 
 
-def trace_schema(num_layers: int, num_experts: int) -> pa.Schema:
+def trace_schema(num_layers: int, num_experts: int, choices: int | None = None) -> pa.Schema:
     """The Arrow schema of a trace of that size, with the metadata that ``read_trace`` asks for."""
-    fields = [pa.field(name, kind, nullable=False) for name, kind in _INDEX_FIELDS.items()]
+    fields = [pa.field(name, kind, nullable=False) for name, kind in INDEX_FIELDS.items()]
     item = pa.field("item", pa.int64(), nullable=False)
     fields.append(pa.field("counts", pa.list_(item, num_experts), nullable=False))
     said = {"kind": "counts", "version": TRACE_VERSION, "num_layers": num_layers, "num_experts": num_experts}
-    return pa.schema(fields, metadata={_PREFIX + key: str(value) for key, value in said.items()})
+    if choices is not None:
+        said["choices"] = choices
+    return pa.schema(fields, metadata={METADATA_PREFIX + key: str(value) for key, value in said.items()})
 
 
 class TraceWriter:
@@ -48,23 +50,32 @@ class TraceWriter:
         path: file to write; its folder is made.
         num_layers, num_experts: L and E.
         buffer_rows: rows kept in memory before they are written as one Parquet row group.
+        choices: K, experts that every token took; None: not the same for all, or not known.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size below 1, or choices that are more than the experts.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], num_layers: int, num_experts: int, *, buffer_rows: int = 16_384
+        self,
+        path: str | os.PathLike[str],
+        num_layers: int,
+        num_experts: int,
+        *,
+        buffer_rows: int = 16_384,
+        choices: int | None = None,
     ) -> None:
         if min(num_layers, num_experts, buffer_rows) < 1:
             raise ValueError(
                 f"num_layers = {num_layers}, num_experts = {num_experts}, buffer_rows = {buffer_rows}: need at least 1 each"
             )
+        if choices is not None and not 1 <= choices <= num_experts:
+            raise ValueError(f"choices = {choices}: must be from 1 to num_experts = {num_experts}, or None")
         self.path = Path(path)
         self.num_layers = num_layers
         self.num_experts = num_experts
         self._partial = self.path.with_name(self.path.name + ".partial")
-        self._schema = trace_schema(num_layers, num_experts)
+        self._schema = trace_schema(num_layers, num_experts, choices)
         self._buffer_steps = -(-buffer_rows // num_layers)
         self._index: list[tuple[int, int]] = []
         self._counts: list[np.ndarray] = []
@@ -133,96 +144,3 @@ class TraceWriter:
         self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema))
         self._index.clear()
         self._counts.clear()
-
-
-def read_trace(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Reads and checks a trace of kind "counts".
-
-    Any integer type, and lists of variable length, are taken for the columns, so that other tools can write them.
-
-    Returns:
-        ``step`` [N], ``layer`` [N], ``rank`` [N] and ``counts`` [N, E], all int64, in the file's order.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a whole Parquet file, or not a trace of this version; names the field, and the row if it is one.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such trace")
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: not a whole Parquet file, perhaps cut off while it was written ({error})") from None
-    num_layers, num_experts = _sizes(path, table.schema)
-    for name in (*_INDEX_FIELDS, "counts"):
-        if name not in table.column_names:
-            raise ValueError(f"{path}: column {name!r} is missing; there are {table.column_names}")
-    columns = {name: _integers(path, name, table[name]) for name in _INDEX_FIELDS}
-    columns["counts"] = _counts(path, table["counts"], num_experts)
-    _check_values(path, columns, num_layers)
-    return columns
-
-
-def _sizes(path: Path, schema: pa.Schema) -> tuple[int, int]:
-    said = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
-    for key, wanted in (("kind", "counts"), ("version", str(TRACE_VERSION))):
-        if said.get(_PREFIX + key) != wanted:
-            raise ValueError(
-                f"{path}: metadata {_PREFIX + key} is {said.get(_PREFIX + key)!r}, but this reads {wanted!r} only"
-            )
-    sizes = []
-    for key in ("num_layers", "num_experts"):
-        value = said.get(_PREFIX + key, "")
-        if not value.isdigit() or int(value) < 1:
-            raise ValueError(f"{path}: metadata {_PREFIX + key} is {value!r}; it must be a number of at least 1")
-        sizes.append(int(value))
-    return sizes[0], sizes[1]
-
-
-def _integers(path: Path, name: str, column: pa.ChunkedArray) -> np.ndarray:
-    if not pa.types.is_integer(column.type):
-        raise ValueError(f"{path}: column {name!r} holds {column.type}, but must hold integers")
-    if column.null_count:
-        row = pc.index(pc.is_null(column), True).as_py()
-        raise ValueError(f"{path}: column {name!r} is null in row {row}")
-    return column.to_numpy().astype(np.int64)
-
-
-def _counts(path: Path, column: pa.ChunkedArray, num_experts: int) -> np.ndarray:
-    kind = column.type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    if not is_list or not pa.types.is_integer(kind.value_type):
-        raise ValueError(f"{path}: column 'counts' holds {kind}, but must hold lists of integers")
-    lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy()
-    wrong = np.flatnonzero(lengths != num_experts)
-    if wrong.size:
-        row = int(wrong[0])
-        found = "null" if lengths[row] < 0 else f"a list of {lengths[row]}"
-        raise ValueError(f"{path}: column 'counts' is {found} in row {row}, but there are {num_experts} experts")
-    flat = pc.list_flatten(column)
-    if flat.null_count:
-        row = pc.index(pc.is_null(flat), True).as_py() // num_experts
-        raise ValueError(f"{path}: column 'counts' holds a null in row {row}")
-    return flat.to_numpy().astype(np.int64).reshape(-1, num_experts)
-
-
-def _check_values(path: Path, columns: dict[str, np.ndarray], num_layers: int) -> None:
-    for name, values in columns.items():
-        lowest = values if values.ndim == 1 else values.min(axis=1)
-        bad = np.flatnonzero(lowest < 0)
-        if bad.size:
-            raise ValueError(
-                f"{path}: column {name!r} holds {lowest[bad[0]]} in row {bad[0]}, but must not be negative"
-            )
-    bad = np.flatnonzero(columns["layer"] >= num_layers)
-    if bad.size:
-        layer = columns["layer"][bad[0]]
-        raise ValueError(f"{path}: column 'layer' holds {layer} in row {bad[0]}, but there are {num_layers} layers")
-    keys = np.stack([columns[name] for name in _INDEX_FIELDS])
-    order = np.lexsort(keys)
-    repeated = np.flatnonzero((keys[:, order[1:]] == keys[:, order[:-1]]).all(axis=0))
-    if repeated.size:
-        row = int(order[repeated[0] + 1])
-        step, layer, rank = keys[:, row]
-        raise ValueError(f"{path}: row {row} repeats step {step}, layer {layer}, rank {rank}")

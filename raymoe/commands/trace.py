@@ -1,0 +1,232 @@
+"""`raymoe trace`: what a model's routers do with real text, as a trace that `raymoe plan` reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from raymoe.commands.progress import stage
+from raymoe.models import MoELayer, moe_layers
+from raymoe.models.record import RoutingRecorder
+from raymoe.placement.statistics import trace_statistics
+from raymoe.placement.trace import LoadTrace
+from raymoe.telemetry import TraceWriter, load_counts, write_json
+from raymoe.training.batches import Batches, pack, rank_slice
+from raymoe.training.text import read_documents
+from raymoe.training.tokenizer import load_tokenizer
+
+_COLUMNS = {
+    "expert_max_mean": ("expert max", ".2f"),
+    "device_max_mean": ("device max", ".2f"),
+    "top1_share": ("top 1", ".1%"),
+    "top2_share": ("top 2", ".1%"),
+    "top4_share": ("top 4", ".1%"),
+    "top8_share": ("top 8", ".1%"),
+    "gini": ("Gini", ".2f"),
+    "zero_share": ("empty", ".1%"),
+    "drift": ("drift", ".3f"),
+    "rank_distance": ("ranks", ".3f"),
+}
+_LINES = 10
+
+
+def trace(
+    model: Path,
+    data: str,
+    output: Path,
+    *,
+    ranks: int,
+    batch: int,
+    sequence_length: int,
+    steps: int,
+    seed: int,
+    console: Console,
+    command: str,
+    json: Path | None,
+) -> None:
+    """Runs a model over text without training it, writes which experts the tokens took, and prints how skewed that is.
+
+    Args:
+        model: a Hugging Face directory with its tokenizer; nothing is downloaded.
+        data: as `raymoe.training.text.read_documents` takes it; its sequences are shuffled by `seed`, and none is used twice.
+        output: Parquet file to write, a row a (step, layer, rank).
+        ranks: how many ranks the sequences of a batch are dealt out to; the model runs in this process alone.
+        batch: sequences a step, over all ranks.
+        command: the command line, for `json`.
+
+    Raises:
+        ValueError: no directory, not an MoE model, no tokenizer or weights, text that does not suffice, or a bad number.
+    """
+    for name, number in (("ranks", ranks), ("batch", batch), ("sequence_length", sequence_length), ("steps", steps)):
+        if number < 1:
+            raise ValueError(f"{name} = {number}: must be at least 1")
+    if batch < ranks:
+        raise ValueError(f"batch = {batch}: {ranks} ranks need at least a sequence each")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    config, layers = _look_at(model)
+    with stage(console, "text") as say:
+        batches = _batches(model, config, data, batch, sequence_length, steps, seed)
+        say(f"{batches.num_sequences:,} sequences of {sequence_length} tokens, of which {steps * batch:,} are used")
+    with stage(console, "model") as say:
+        network = _load(model)
+        say(
+            f"{config.model_type}, {len(layers)} MoE layers x {layers[0].num_experts} experts, "
+            f"{layers[0].top_k} a token, on {network.device.type}"
+        )
+    _record(network, batches, output, ranks, steps, console)
+    counts = load_counts(output)
+    rows = statistics_rows(LoadTrace.of_columns(counts, name=output.stem, choices=counts["choices"]))
+    _print_table(rows, ranks, console)
+    if json is not None:
+        meta = {"model": config.model_type, "data": data, "trace": output, "ranks": ranks, "batch": batch}
+        meta |= {"sequence_length": sequence_length, "steps": steps, "seed": seed, "choices": counts["choices"]}
+        write_json(json, command, rows, meta)
+    console.print(f"trace       {output}", highlight=False)
+
+
+def statistics_rows(counts: LoadTrace) -> list[dict[str, Any]]:
+    """`trace_statistics` of each layer, and of all in a row whose ``layer`` is "all"; as many devices as ranks."""
+    layers = [LoadTrace(counts.rows[:, :, [layer]], counts.name, counts.choices) for layer in range(counts.num_layers)]
+    return [
+        *({"layer": index, **trace_statistics(layer)} for index, layer in enumerate(layers)),
+        {"layer": "all", **trace_statistics(counts)},
+    ]
+
+
+def _look_at(model: Path) -> tuple[PretrainedConfig, list[MoELayer]]:
+    """Refuses what has no experts to record before any weight is read."""
+    if not model.is_dir():
+        raise ValueError(f"model directory {str(model)!r} does not exist")
+    try:
+        config = AutoConfig.from_pretrained(model, local_files_only=True)
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise ValueError(
+            f"{model}: transformers does not open it as a causal language model: {_one_line(error)}"
+        ) from None
+    layers = moe_layers(network)
+    sizes = sorted({(layer.num_experts, layer.top_k) for layer in layers})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{model}: its MoE layers differ in (experts, experts a token): {sizes}; a trace needs them alike"
+        )
+    return config, layers
+
+
+def _batches(
+    model: Path, config: PretrainedConfig, data: str, batch: int, sequence_length: int, steps: int, seed: int
+) -> Batches:
+    text_config = config.get_text_config()
+    longest = getattr(text_config, "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
+        raise ValueError(f"sequence_length = {sequence_length}: the model takes at most {longest} tokens")
+    tokenizer = _tokenizer(model)
+    stream = pack(read_documents(data), tokenizer, sequence_length)
+    if stream.tokens.max() >= text_config.vocab_size:
+        raise ValueError(
+            f"{model}: its tokenizer gives token {stream.tokens.max()}, but the model knows {text_config.vocab_size} only"
+        )
+    batches = Batches(stream, sequence_length, batch, seed)
+    if batches.num_sequences < steps * batch:
+        raise ValueError(
+            f"too little text: {batches.num_sequences} sequences of {sequence_length} tokens, but {steps} steps of {batch} take "
+            f"{steps * batch}. Give more text, or lower steps, batch or sequence_length."
+        )
+    return batches
+
+
+def _tokenizer(model: Path) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer = load_tokenizer(model)
+    except ValueError as error:
+        raise ValueError(_one_line(error)) from None
+    # for some families transformers makes up an empty one where there is no file
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        found = sorted(entry.name for entry in model.iterdir())
+        raise ValueError(f"no tokenizer in {str(model)!r}, which holds {found}")
+    return tokenizer
+
+
+def _load(model: Path) -> PreTrainedModel:
+    try:
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            model, dtype="auto", local_files_only=True, experts_implementation="raymoe", output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{model}: cannot read its weights: {_one_line(error)}") from None
+    network, loaded = opened
+    if loaded["missing_keys"]:
+        # transformers would draw them at random, and the routing with them
+        missing = sorted(loaded["missing_keys"])
+        raise ValueError(f"{model}: {len(missing)} tensors are missing from its files, the first is '{missing[0]}'")
+    return network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+@torch.inference_mode()
+def _record(network: PreTrainedModel, batches: Batches, output: Path, ranks: int, steps: int, console: Console) -> None:
+    with RoutingRecorder(network) as recorder, _progress(console, steps) as advance:
+        first = recorder.layers[0]
+        with TraceWriter(output, len(recorder.layers), first.num_experts, choices=first.top_k) as writer:
+            for step in range(steps):
+                inputs = batches.batch(step)[:, :-1]
+                for rank in range(ranks):
+                    # without the head: its logits are far larger than what is recorded
+                    network.base_model(input_ids=rank_slice(inputs, rank, ranks).to(network.device), use_cache=False)
+                    writer.append(step, recorder.take_counts().numpy(), rank=rank)
+                advance(step)
+
+
+@contextmanager
+def _progress(console: Console, steps: int) -> Iterator[Any]:
+    """A bar; on a console that is no terminal, a line now and then."""
+    bar = Progress(
+        TextColumn("[bold]routing    [/bold]"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    every = -(-steps // _LINES)
+
+    def advance(step: int) -> None:
+        bar.advance(task)
+        if not console.is_terminal and ((step + 1) % every == 0 or step + 1 == steps):
+            console.print(f"step {step + 1:>5}/{steps}", highlight=False)
+
+    with bar:
+        task = bar.add_task("routing", total=steps)
+        yield advance
+
+
+def _print_table(rows: list[dict[str, Any]], ranks: int, console: Console) -> None:
+    table = Table("layer", *(title for title, _ in _COLUMNS.values()))
+    for row in rows:
+        values = ("-" if math.isnan(row[key]) else format(row[key], form) for key, (_, form) in _COLUMNS.items())
+        table.add_row(str(row["layer"]), *values, style="bold" if row["layer"] == "all" else None)
+    console.print(table)
+    console.print(
+        f"max: busiest / mean; device: plain expert parallelism on {ranks}; top n: rows of the n busiest experts; empty: experts "
+        "that a rank's tokens left out; drift between steps, and ranks from their mean: total variation",
+        style="dim",
+    )
+
+
+def _one_line(error: Exception) -> str:
+    """The beginning of what transformers says, which may be pages."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."
