@@ -1,8 +1,6 @@
 """The `raymoe` command."""
 
 import logging
-import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +9,8 @@ import typer
 from rich.console import Console
 
 from raymoe import env
+from raymoe.cli_plan import PLAN_HELP, plan_command
+from raymoe.cli_shared import Json, shown_command, shown_console
 from raymoe.errors import RunFailed
 
 app = typer.Typer(
@@ -19,7 +19,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-Json = Annotated[Path | None, typer.Option("--json", help="Write what is printed to this file, as JSON.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, laid over the file; dots reach down.")]
 
 
@@ -33,7 +32,7 @@ def demo(
     """Train a small MoE model on real text with its experts in Ray actors, save it, serve it, and report."""
     from raymoe.commands.demo import run_demo
 
-    run_demo(data, steps, output, _console(), _command(), json)
+    run_demo(data, steps, output, shown_console(), shown_command(), json)
 
 
 @app.command()
@@ -47,7 +46,7 @@ def train(
     # after the check: it imports torch, transformers and Ray
     from raymoe.commands.train import train as run
 
-    run(checked, _console(), _command(), json)
+    run(checked, shown_console(), shown_command(), json)
 
 
 @app.command()
@@ -58,7 +57,29 @@ def serve(model: Annotated[Path, typer.Argument(help="Hugging Face directory.")]
     checked = parse_config(ServeConfig, {"model": str(model)}, overrides)
     from raymoe.commands.serve import serve as run
 
-    run(checked, _console())
+    run(checked, shown_console())
+
+
+@app.command()
+def trace(
+    model: Annotated[Path, typer.Argument(help="Hugging Face directory.")],
+    data: Annotated[str, typer.Option(help="Text, JSONL or Parquet file, or a folder of them.")] = "stdlib",
+    output: Annotated[Path, typer.Option(help="Parquet file to write.")] = Path("trace.parquet"),
+    ranks: Annotated[int, typer.Option(help="Ranks that the sequences are split over.")] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 16,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
+    steps: Annotated[int, typer.Option(help="Steps.")] = 16,
+    seed: int = 0,
+    json: Json = None,
+) -> None:
+    """Run MODEL over text and write down which experts its tokens took, for `raymoe plan --trace`."""
+    from raymoe.commands.trace import trace as run
+
+    run(model, data, output, ranks=ranks, batch=batch, sequence_length=sequence_length, steps=steps, seed=seed,
+        console=shown_console(), command=shown_command(), json=json)  # fmt: skip
+
+
+app.command(name="plan", help=PLAN_HELP)(plan_command)
 
 
 bench = typer.Typer(help="Measure raymoe on this machine.", no_args_is_help=True)
@@ -78,7 +99,7 @@ def kernels(
     """Time the expert kernels of this machine beside others' on the same operands, each with its error."""
     from raymoe.commands.bench import bench_kernels
 
-    bench_kernels(shapes, tokens, tune, output, _console(), json)
+    bench_kernels(shapes, tokens, tune, output, shown_console(), json)
 
 
 def main() -> None:
@@ -94,11 +115,3 @@ def main() -> None:
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped")
         sys.exit(130)
-
-
-def _console() -> Console:
-    return Console(soft_wrap=not sys.stdout.isatty())
-
-
-def _command() -> str:
-    return shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])

@@ -18,6 +18,7 @@ import numpy as np
 from raymoe.placement.cluster import ClusterSpec
 from raymoe.placement.cost import exposed
 from raymoe.placement.loads import LOAD_SCALE
+from raymoe.placement.plan import Timing
 from raymoe.placement.workload import Workload
 
 _COUNTED_RANKS = 128
@@ -41,6 +42,7 @@ def prefix_times(
     workload: Workload,
     cluster: ClusterSpec,
     *,
+    timing: Timing = "hidden",
     everywhere_LE: np.ndarray | None = None,
 ) -> PrefixTimes:
     """Times of all t.
@@ -48,6 +50,7 @@ def prefix_times(
     Args:
         owners_LE: int64 [L, E].
         loads_LE: int64 [L, E], rows in units of 1/``LOAD_SCALE``.
+        timing: what transfers hide behind, as in ``Plan``.
         everywhere_LE: bool, experts that have been brought everywhere; the others would come late, after the gate, and
             nothing hides them in forward. None: the gate has not spoken, and copies travel behind attention.
     """
@@ -68,7 +71,7 @@ def prefix_times(
         workload.exchanges * hot.all_to_all_ns()
         + workload.forwards * compute_LT
         + late_LT
-        + exposed(gather_LT, back_LT, compute_LT, workload, cluster)
+        + exposed(gather_LT, back_LT, compute_LT, workload, cluster, timing)
     )
     return PrefixTimes(order_LE, np.where(t < num_there_L[:, None], np.inf, moe_LT))
 

@@ -141,6 +141,10 @@ class ClusterSpec:
         counts.flags.writeable = False
         return counts
 
+    def per_node(self, counts_D: np.ndarray) -> np.ndarray:
+        """Sums per node, int64 [N], of whole numbers [D] below 2^53 together."""
+        return np.bincount(self.nodes, weights=counts_D).astype(np.int64)
+
     @cached_property
     def place_on_node(self) -> np.ndarray:
         """int64 [D], read-only: how many lower ranks sit on the same node."""

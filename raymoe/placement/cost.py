@@ -73,7 +73,7 @@ def exchange_ns(links: LinkBytes, cluster: ClusterSpec) -> float:
         return 0.0
     far_out, far_in = links.far_out, links.far_in
     if cluster.nic_shared:
-        far_out, far_in = cluster.members @ far_out, cluster.members @ far_in
+        far_out, far_in = cluster.per_node(far_out), cluster.per_node(far_in)
     near_ns = _busiest(links.near_out, links.near_in, cluster) * 1e9 / cluster.intra_bytes_s
     far_ns = _busiest(far_out, far_in, cluster) * 1e9 / cluster.inter_bytes_s
     return (cluster.inter_latency_ns if links.far else cluster.latency_ns) + max(near_ns, far_ns)
@@ -153,11 +153,12 @@ def layer_cost(
     busiest = int((-(-rows_ED // tile) * tile).sum(axis=0).max())
     compute_ns = busiest * workload.row_flops * 1e9 / cluster.flops_s
 
+    owners_E = layer_plan.owners
     extra = layer_plan.extra_copies() if layout == "whole" else layer_plan.copies
     late = np.zeros_like(extra) if late is None else late
-    gather = collective_links(layer_plan, extra & ~late & 1, workload.expert_bytes, workload, cluster, layout)
-    late_gather = collective_links(layer_plan, late, workload.expert_bytes, workload, cluster, layout)
-    reduce = collective_links(layer_plan, extra, workload.gradient_bytes, workload, cluster, layout)
+    gather = collective_links(owners_E, extra & ~late & 1, workload.expert_bytes, workload, cluster, layout)
+    late_gather = collective_links(owners_E, late, workload.expert_bytes, workload, cluster, layout)
+    reduce = collective_links(owners_E, extra, workload.gradient_bytes, workload, cluster, layout)
     if layout == "whole":
         reduce = reduce + _replica_sums(layer_plan, workload, cluster)
     gather_ns, late_ns, reduce_ns = (exchange_ns(links, cluster) for links in (gather, late_gather, reduce))
@@ -232,44 +233,52 @@ def move_links(before: Base, after: Base, workload: Workload, cluster: ClusterSp
 
 
 def collective_links(
-    layer_plan: LayerPlan, extra_ED: np.ndarray, each: int, workload: Workload, cluster: ClusterSpec, layout: Layout
+    owners_E: np.ndarray, extra_ED: np.ndarray, each: int, workload: Workload, cluster: ClusterSpec, layout: Layout
 ) -> LinkBytes:
-    """Bytes on each link to bring these copies, ``each`` bytes an expert. Gradients take the same ways back."""
+    """Bytes on each link to bring these copies, ``each`` bytes an expert. Gradients take the same ways back.
+
+    A node takes an expert in once (but with ``p2p``), through the copy whose turn it is, so that its NICs share the work;
+    within a node copies are passed on, so that no device sends more than it receives.
+    """
     nodes, num_devices = cluster.nodes, cluster.num_devices
-    extra_ED = extra_ED.astype(np.int64)
+    expert, rank = np.nonzero(extra_ED.astype(np.bool_))
+    copies_D = np.bincount(rank, minlength=num_devices)
     if layout == "sliced":
-        slices_D = extra_ED.sum(axis=0)
-        node_D = (cluster.members @ slices_D)[nodes]
-        on_node_D = cluster.devices_on[nodes]
-        out = node_D - slices_D, slices_D.sum() - node_D
-        into = slices_D * (on_node_D - 1), slices_D * (num_devices - on_node_D)
-        return LinkBytes(*(part * each // num_devices for part in (out[0], into[0], out[1], into[1])))
-    owner_DE = (layer_plan.owners == np.arange(num_devices)[:, None]).astype(np.int64)
+        node_D, on_node_D = cluster.per_node(copies_D)[nodes], cluster.devices_on[nodes]
+        parts = (
+            node_D - copies_D,
+            copies_D * (on_node_D - 1),
+            copies_D.sum() - node_D,
+            copies_D * (num_devices - on_node_D),
+        )
+        return LinkBytes(*(part * each // num_devices for part in parts))
+    owner = owners_E[expert]
+    crosses = nodes[owner] != nodes[rank]
     if workload.fan_out == "p2p":
-        return LinkBytes.of_pairs(owner_DE @ extra_ED * each, cluster)
-    # a node takes an expert in once; within a node copies are passed on, so no device sends more than it receives
-    entries_ED = entry_on_node(extra_ED, cluster) & (nodes[layer_plan.owners][:, None] != nodes)
-    crossings_E = entries_ED.sum(axis=1)
+        ends = (owner[~crosses], rank[~crosses], owner[crosses], rank[crosses])
+        return LinkBytes(*(np.bincount(end, minlength=num_devices) * each for end in ends))
+    enters = crosses & _has_turn(expert, nodes[rank], cluster.num_nodes)
+    crossings_E = np.bincount(expert[enters], minlength=len(owners_E))
     if workload.fan_out == "chain":
         crossings_E = np.minimum(crossings_E, 1)
-    far_in_D = entries_ED.sum(axis=0) * each
-    near_D = extra_ED.sum(axis=0) * each - far_in_D
-    return LinkBytes(near_D, near_D, owner_DE @ crossings_E * each, far_in_D)
+    far_out_D = np.bincount(owners_E, weights=crossings_E, minlength=num_devices).astype(np.int64) * each
+    far_in_D = np.bincount(rank[enters], minlength=num_devices) * each
+    near_D = copies_D * each - far_in_D
+    return LinkBytes(near_D, near_D, far_out_D, far_in_D)
 
 
-def entry_on_node(extra_ED: np.ndarray, cluster: ClusterSpec) -> np.ndarray:
-    """bool [E, D]: the copy through which each node takes the expert in. Experts take turns, so that NICs share the work."""
-    order = np.argsort(cluster.nodes, kind="stable")
-    node_D = cluster.nodes[order]
-    sorted_ED = extra_ED[:, order] > 0
-    so_far_ED = np.cumsum(sorted_ED, axis=1)
-    begin_D = np.searchsorted(node_D, node_D)
-    before_ED = np.where(begin_D > 0, so_far_ED[:, np.maximum(begin_D - 1, 0)], 0)
-    on_node_ED = (cluster.members @ extra_ED.T).T[:, node_D]
-    turn_ED = np.arange(len(extra_ED))[:, None] % np.maximum(on_node_ED, 1)
-    entry = np.zeros(extra_ED.shape, dtype=bool)
-    entry[:, order] = sorted_ED & (so_far_ED - before_ED - 1 == turn_ED)
-    return entry
+def _has_turn(expert: np.ndarray, node: np.ndarray, num_nodes: int) -> np.ndarray:
+    """Of copies in the order of expert and rank, those through which their node takes the expert in: one a node."""
+    if not expert.size:
+        return np.zeros(0, dtype=bool)
+    group = expert * num_nodes + node
+    order = np.argsort(group, kind="stable")
+    begins = np.flatnonzero(np.diff(group[order], prepend=-1))
+    sizes = np.diff(begins, append=group.size)
+    place = np.arange(group.size) - np.repeat(begins, sizes)
+    has_turn = np.empty(group.size, dtype=bool)
+    has_turn[order] = place == expert[order] % np.repeat(sizes, sizes)
+    return has_turn
 
 
 def _replica_sums(layer_plan: LayerPlan, workload: Workload, cluster: ClusterSpec) -> LinkBytes:

@@ -2,7 +2,8 @@
 
 Source: Hecate (arXiv 2502.02581). ``fssdp-paper`` is its Algorithm 1 with the overlap degree as a hard cap. ``fssdp`` asks
 what copies bring: it adds replicas while the modelled time of the layer falls, exposed transfers counted, so it may choose
-none; it corrects itself once the gate has spoken, and re-shards cold experts over all layers (Algorithm 2).
+none; its copies start to travel with the experts of the layer before, so that those hide them too; it corrects itself once
+the gate has spoken, and re-shards cold experts over all layers (Algorithm 2).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from raymoe.placement.benefit import PrefixTimes, prefix_times
 from raymoe.placement.cost import exchange_ns, move_links
 from raymoe.placement.loads import LOAD_SCALE
 from raymoe.placement.materialise import materialise, overlap_degree
-from raymoe.placement.plan import Base, LayerPlan, Plan, owned
+from raymoe.placement.plan import Base, LayerPlan, Plan, Timing, owned
 from raymoe.placement.policy import PolicyDefaults, expected_loads
 from raymoe.placement.sharding import heterogeneous_owners
 from raymoe.placement.state import PlacementState
@@ -21,6 +22,9 @@ from raymoe.placement.uniform import uniform_moe_ns
 
 CALIBRATION_MARGIN = 0.03
 """A late copy must save this share of the layer's modelled time."""
+
+TIMING: Timing = "overlapped"
+"""Copies are asked for before the gates of the layer before have spoken: nothing has to wait for its experts."""
 
 RESHARD_INTERVAL = 100
 """Steps between two re-shardings. Source: arXiv 2502.02581, section 6."""
@@ -64,17 +68,17 @@ class Fssdp(PolicyDefaults):
         them; else Algorithm 1 fills the slots if that is faster than fewer experts everywhere."""
         loads = expected_loads(history, state)
         owners = state.base.owners
-        times = prefix_times(owners, loads, state.workload, state.cluster)
+        times = _times(owners, loads, state)
         best_L = _best(times, state)
         copies = everywhere(owned(owners, state.cluster.num_devices), times.order_LE, best_L)
         wanted_L = np.argmin(times.moe_LT, axis=1)
         for layer in np.flatnonzero(wanted_L > best_L).tolist() if state.extra_slots else ():
             degree = _most(state, int(wanted_L[layer]))
             filled = materialise(owners[layer], loads[layer], degree, state.extra_slots, state.cluster)
-            many_ns = uniform_moe_ns(LayerPlan(owners[layer], filled), loads[layer], state.workload, state.cluster)
+            many_ns = uniform_moe_ns(owners[layer], filled, loads[layer], state.workload, state.cluster, TIMING)
             if many_ns < times.moe_LT[layer, best_L[layer]]:
                 copies[layer] = filled
-        return Plan.of(state.base, copies, state.workload)
+        return Plan.of(state.base, copies, state.workload, timing=TIMING)
 
     def calibrate(self, layer: int, loads: np.ndarray, plan: Plan, state: PlacementState) -> LayerPlan:
         """Further experts everywhere, late, if the layer's modelled time falls by ``CALIBRATION_MARGIN`` even so."""
@@ -85,9 +89,7 @@ class Fssdp(PolicyDefaults):
         free = state.extra_slots - int(planned.extra_copies().sum(axis=0).max())
         there = int(everywhere_E.sum())
         loads_E = loads.sum(axis=0, dtype=np.int64) * LOAD_SCALE
-        times = prefix_times(
-            planned.owners[None], loads_E[None], state.workload, state.cluster, everywhere_LE=everywhere_E[None]
-        )
+        times = _times(planned.owners[None], loads_E[None], state, everywhere_E[None])
         allowed_T = times.moe_LT[0, there : there + max(free, 0) + 1]
         best = int(np.argmin(allowed_T))
         if allowed_T[best] > (1 - CALIBRATION_MARGIN) * allowed_T[0]:
@@ -102,10 +104,10 @@ class Fssdp(PolicyDefaults):
         owners, cluster = state.base.owners, state.cluster
         if cluster.num_devices == 1 or not loads.any():
             return state.base
-        now = prefix_times(owners, loads, state.workload, cluster)
+        now = _times(owners, loads, state)
         best_L = _best(now, state)
         others = heterogeneous_owners(loads, best_L, cluster, owners)
-        then = prefix_times(others, loads, state.workload, cluster)
+        then = _times(others, loads, state)
         layers = np.arange(len(best_L))
         gain_ns = float((now.moe_LT[layers, best_L] - then.moe_LT[layers, _best(then, state)]).sum())
         moved = Base.of_owners(others, cluster.num_devices)
@@ -141,6 +143,12 @@ def everywhere(copies_LED: np.ndarray, order_LE: np.ndarray, num_L: np.ndarray) 
     np.put_along_axis(chosen_LE, order_LE, np.arange(order_LE.shape[1]) < num_L[:, None], 1)
     copies_LED[chosen_LE] = 1
     return copies_LED
+
+
+def _times(
+    owners: np.ndarray, loads: np.ndarray, state: PlacementState, everywhere_LE: np.ndarray | None = None
+) -> PrefixTimes:
+    return prefix_times(owners, loads, state.workload, state.cluster, timing=TIMING, everywhere_LE=everywhere_LE)
 
 
 def _best(times: PrefixTimes, state: PlacementState) -> np.ndarray:

@@ -25,11 +25,13 @@ from raymoe.training.world import World
 
 @dataclass
 class _LayerStep:
-    """One layer in the step under way; the last three are there once its block has started."""
+    """One layer in the step under way; the last ones are there once its block has started."""
 
     transfers: Transfers
     dispatch: DispatchTable
-    gather: Pending = field(init=False)
+    starts_next: bool
+    """Whether the next layer's copies start to travel with this layer's experts."""
+    gather: Pending | None = field(init=False, default=None)
     slots: Tensor = field(init=False)
     block_started_ns: int = field(init=False)
 
@@ -53,7 +55,7 @@ class SparseExperts:
             for layer in self.layers
         ]
         for layer, shard in zip(self.layers, self.shards, strict=True):
-            layer.block.register_forward_pre_hook(lambda *_, index=layer.index: self._start_gather(index))
+            layer.block.register_forward_pre_hook(lambda *_, index=layer.index: self._start_block(index))
             shard.on_gradient = self._gradient_ready
         self._steps: list[_LayerStep] = []
         self._reductions: list[Pending] = []
@@ -77,7 +79,11 @@ class SparseExperts:
         self._is_timed = is_timed
         rank = self.world.rank
         self._steps = [
-            _LayerStep(Transfers.of(layer_plan, rank), DispatchTable(layer_plan, [rank], cluster, plan.dispatch))
+            _LayerStep(
+                Transfers.of(layer_plan, rank),
+                DispatchTable(layer_plan, [rank], cluster, plan.dispatch),
+                starts_next=plan.timing == "overlapped",
+            )
             for layer_plan in map(plan.layer, range(plan.num_layers))
         ]
         for shard in self.shards:
@@ -107,9 +113,12 @@ class SparseExperts:
         hidden_M = exchange(spread(hidden, routes), *there)
         weight_MK = exchange(spread(expert_weight, routes), *there)
 
+        assert step.gather is not None, "the block's hook started it"
         step.gather.wait()
         slot_MK = step.slots[index_MK]
         self.computed_rows[layer.index] = (slot_MK < len(shard.pool)).sum()
+        if step.starts_next and layer.index + 1 < len(self.layers):
+            self._start_gather(layer.index + 1)
         gate_up, down, biases = shard.weights()
         started_ns = self._now_ns()
         partial_M = moe_mlp(
@@ -134,9 +143,13 @@ class SparseExperts:
         for shard in self.shards:
             shard.publish_gradient()
 
+    def _start_block(self, index: int) -> None:
+        self._steps[index].block_started_ns = self._now_ns()
+        if self._steps[index].gather is None:
+            self._start_gather(index)
+
     def _start_gather(self, index: int) -> None:
         step, shard = self._steps[index], self.shards[index]
-        step.block_started_ns = self._now_ns()
         step.gather = sparse_all_gather(shard, step.transfers, self.world)
         step.slots = shard.slot_table()
 

@@ -18,5 +18,5 @@ def test_is_the_cost_model_where_ranks_route_alike(placed, choices, seed):
     each = np.random.default_rng(seed).integers(0, 3, size=layer.num_experts) * 720_720
     rows_DE = np.tile(each, (layer.num_devices, 1))
     expected = layer_cost(layer, rows_DE, workload, cluster).moe_ns
-    got = uniform_moe_ns(layer, each * layer.num_devices * LOAD_SCALE, workload, cluster)
+    got = uniform_moe_ns(layer.owners, layer.copies, each * layer.num_devices * LOAD_SCALE, workload, cluster)
     assert got == pytest.approx(expected, rel=1e-6 if choices == 1 else 0.1)

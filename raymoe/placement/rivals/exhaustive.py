@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from raymoe.placement.cost import layer_cost
+from raymoe.placement.fssdp import TIMING
 from raymoe.placement.loads import LOAD_SCALE
 from raymoe.placement.materialise import materialise
 from raymoe.placement.plan import LayerPlan, Plan
@@ -28,7 +31,15 @@ class FssdpExhaustive(PolicyDefaults):
         loads_LE = measured(history[-1:], state)
         layers = zip(state.base.owners, loads_LE, strict=True)
         copies = np.stack([_best(owners_E, loads_E, state) for owners_E, loads_E in layers])
-        return Plan.of(state.base, copies, state.workload)
+        return Plan.of(state.base, copies, state.workload, timing=TIMING)
+
+
+def _cost(owners_E: np.ndarray, rows_DE: np.ndarray, state: PlacementState) -> Callable[[np.ndarray], float]:
+    def cost(copies_ED: np.ndarray) -> float:
+        layer_plan = LayerPlan(owners_E, copies_ED)
+        return layer_cost(layer_plan, rows_DE, state.workload, state.cluster, timing=TIMING).moe_ns
+
+    return cost
 
 
 def _best(owners_E: np.ndarray, loads_E: np.ndarray, state: PlacementState) -> np.ndarray:
@@ -39,4 +50,4 @@ def _best(owners_E: np.ndarray, loads_E: np.ndarray, state: PlacementState) -> n
     if not state.extra_slots or cluster.num_devices == 1:
         most = 0
     tried = [materialise(owners_E, loads_E, degree, state.extra_slots, cluster) for degree in range(most + 1)]
-    return min(tried, key=lambda each: layer_cost(LayerPlan(owners_E, each), rows_DE, state.workload, cluster).moe_ns)
+    return min(tried, key=_cost(owners_E, rows_DE, state))
