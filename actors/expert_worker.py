@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from ray.actor import ActorHandle
 
 from raymoe import env
 from raymoe.actors.metrics import export_metrics
+from raymoe.actors.session import free_address
 from raymoe.models import CheckpointWriter
 from raymoe.telemetry import TraceWriter, metrics
 from raymoe.training.job import TrainJob, build_trainer
@@ -53,11 +53,7 @@ class ExpertWorker:
 
     def rendezvous(self) -> str:
         """An address on this worker's node where an epoch's ranks can meet."""
-        host = ray.util.get_node_ip_address()
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.bind((host, 0))
-            port = probe.getsockname()[1]
-        return f"tcp://{f'[{host}]' if ':' in host else host}:{port}"
+        return free_address()
 
     def start(self, rendezvous: str) -> WorkerFacts:
         """Joins the epoch, reads its part of the model, and measures what the controller wants to know."""

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raymoe import env
-from raymoe.actors.session import ray_session
+from raymoe.actors.session import free_address, ray_session
 from raymoe.errors import RunFailed
 from raymoe.training.link_probe import RankMeasurement, measure_rank
 from raymoe.training.world import join_world, leave_world
@@ -52,11 +51,7 @@ class ProbeWorker:
 
     def rendezvous(self) -> str:
         """An address on this probe's node where the ranks can meet."""
-        host = ray.util.get_node_ip_address()
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.bind((host, 0))
-            port = probe.getsockname()[1]
-        return f"tcp://{f'[{host}]' if ':' in host else host}:{port}"
+        return free_address()
 
     def measure(
         self, rendezvous: str, nodes: list[int], transfer_bytes: int, seconds: float, timeout_s: float

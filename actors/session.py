@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,3 +38,12 @@ def ray_session(min_cpus: int, *, own: bool = False, dashboard: bool = True) -> 
         yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
     finally:
         ray.shutdown()
+
+
+def free_address() -> str:
+    """An address on the calling worker's node that nobody listens on, for ranks to meet at."""
+    host = ray.util.get_node_ip_address()
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        port = probe.getsockname()[1]
+    return f"tcp://{f'[{host}]' if ':' in host else host}:{port}"

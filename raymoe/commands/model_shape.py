@@ -31,7 +31,10 @@ def shape_of_model(path: Path) -> ModelShape:
     # it imports torch and transformers
     from raymoe.models.size import model_size
 
-    size = model_size(path)
+    try:
+        size = model_size(path)
+    except ValueError as error:
+        raise ValueError(f"--model-config: {error}") from None
     if size.expert_parameters * size.parameter_bytes != size.layers * size.experts * size.expert_bytes:
         raise ValueError(f"--model-config: the MoE layers of {path} differ in size; planning takes them as alike")
     return ModelShape(

@@ -10,13 +10,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from raymoe.commands.plan import Comparison, named, shortly
+from raymoe.commands.plan_found import Comparison, named, shortly
 from raymoe.placement.compare import MEMORY_SHARE_PERCENT
-from raymoe.telemetry import plots, run_meta
-from raymoe.telemetry import report as page
+from raymoe.telemetry import page, plots, run_meta
 from raymoe.telemetry.files import write_text
 from raymoe.telemetry.parts import Table
-from raymoe.telemetry.style import CSS
 
 _PARTS = {
     "attention_ms": "attention",
@@ -36,23 +34,16 @@ def render(found: Comparison, command: str, seed: int) -> str:
     """The page as text; what comes from the user is escaped."""
     title = f"What placement brings: {found.trace.name} on {found.cluster.name}"
     sections = [
-        page._section("Recommendation", _advice(found)),
-        page._section("Where a step's time goes", page._grid(_figures(found))),
-        page._section("Policies", _table(found, _COLUMNS) + f'<p class="note">{escape(_NOTE)}</p>'),
-        page._section("What was simulated", page._meta(_simulated(found))),
-        page._section("In detail", _table(found, _DETAILS)),
-        page._section("How each policy was done", page._table(Table("", _sources(found)))),
-        page._section("About this page", page._meta(run_meta(command) | {"seed": seed})),
+        page.section("Recommendation", _advice(found)),
+        page.section("Where a step's time goes", page.grid(_figures(found))),
+        page.section("Policies", _table(found, _COLUMNS) + f'<p class="note">{escape(_NOTE)}</p>'),
+        page.section("What was simulated", page.meta_list(_simulated(found))),
+        page.section("In detail", _table(found, _DETAILS)),
+        page.section("How each policy was done", page.table(Table("", _sources(found)))),
+        page.section("About this page", page.meta_list(run_meta(command) | {"seed": seed})),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{page._POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS}{_OWN_CSS}</style>\n</head>\n<body>\n"
-        f"<header><h1>{escape(title)}</h1><p>All times are simulated: a cost model's, not measured.</p></header>\n"
-        f"<main>\n{''.join(sections)}</main>\n<footer>Written by raymoe.</footer>\n</body>\n</html>\n"
-    )
+    subtitle = "<p>All times are simulated: a cost model's, not measured.</p>"
+    return page.page(title, subtitle, sections, _OWN_CSS)
 
 
 _OWN_CSS = "td:first-child { white-space: nowrap; } th, td { padding: 0.35rem 0.5rem; }"
@@ -88,7 +79,7 @@ def _figures(found: Comparison) -> list[str]:
     names = [named(row) for row in found.rows]
     parts = {label: [row[part] for row in found.rows] for part, label in _PARTS.items()}
     advised = found.advice.policy
-    step = page._figure(
+    step = page.figure(
         "A step, by policy",
         f"Milliseconds, all layers, forward and backward; fastest first. Recommended: {advised}.",
         stacked_bars(names, parts, x_label="ms per step (simulated)"),
@@ -107,7 +98,7 @@ def _figures(found: Comparison) -> list[str]:
     )
     return [
         step,
-        page._figure(
+        page.figure(
             "Imbalance of devices", f"Mean over layers; 1 is perfectly even. Over the run: {means}.", draw, 3.4
         ),
     ]
@@ -122,7 +113,7 @@ def stacked_bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], *, 
     """Horizontal bars put together of parts, up to five, the first in grey: what is common to all. The total is beside."""
 
     def draw(figure: Figure, theme: plots.Theme) -> None:
-        axes = plots._axes(figure, theme, x_label, "")
+        axes = plots.styled_axes(figure, theme, x_label, "")
         place = np.arange(len(names))
         left = np.zeros(len(names))
         for (label, values), colour in zip(parts.items(), (theme.faint, *theme.cycle), strict=False):
@@ -135,7 +126,7 @@ def stacked_bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], *, 
         axes.set_xlim(0, float(left.max()) * 1.2 or 1)
         for y, total in enumerate(left):
             axes.text(total, y, f"  {shortly(total)}", va="center", fontsize=8.5, color=theme.ink)
-        plots._legend(axes, theme)
+        plots.legend(axes, theme)
 
     return draw
 
@@ -171,7 +162,7 @@ _DETAILS: _Columns = {
 def _table(found: Comparison, columns: _Columns) -> str:
     shown = [{column: of(row) for column, of in columns.items()} for row in found.rows]
     advised = next(i for i, row in enumerate(found.rows) if row["policy"] == found.advice.policy)
-    return f'<div class="card scroll">{page._rows(shown, marked=advised)}</div>'
+    return f'<div class="card scroll">{page.table_rows(shown, marked=advised)}</div>'
 
 
 def _sources(found: Comparison) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ order, so that every rank computes the same bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from raymoe.placement.dispatch import dispatch_counts
 from raymoe.placement.plan import Base, Dispatch, LayerPlan, Layout, Timing
 from raymoe.placement.workload import Workload
 
-Ns = TypeVar("Ns", float, np.ndarray)
+Ns = float | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -188,13 +188,16 @@ def layer_cost(
 
 def exposed(
     gather_ns: Ns, back_ns: Ns, compute_ns: Ns, workload: Workload, cluster: ClusterSpec, timing: Timing = "hidden"
-) -> Ns:
+) -> Any:
     """What nothing hides of a layer's transfers: forward behind its attention, backward behind its attention's backward.
 
     Args:
         gather_ns: transfers of the forward.
         back_ns: transfers of the backward: gradients, and parameters again if they are re-materialised.
         compute_ns: one forward of the layer's experts; ``overlapped`` transfers hide behind it too.
+
+    Returns:
+        A number for numbers, an array for arrays.
     """
     if timing == "blocking":
         return gather_ns + back_ns

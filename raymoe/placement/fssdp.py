@@ -60,7 +60,7 @@ class Fssdp(PolicyDefaults):
 
     name = "fssdp"
     source = "Hecate (arXiv 2502.02581) with a cost-benefit overlap degree of our own"
-    interval = RESHARD_INTERVAL
+    interval: int | None = RESHARD_INTERVAL
     calibrates = True
 
     def prepare(self, history: np.ndarray, state: PlacementState) -> Plan:
@@ -85,8 +85,8 @@ class Fssdp(PolicyDefaults):
         planned = plan.layer(layer)
         if not self.calibrates or state.cluster.num_devices == 1:
             return planned
-        everywhere_E = planned.copies.all(axis=1)
-        free = state.extra_slots - int(planned.extra_copies().sum(axis=0).max())
+        everywhere_E = planned.copies.min(axis=1) > 0
+        free = state.extra_slots - int(np.max(planned.extra_copies().sum(axis=0)))
         there = int(everywhere_E.sum())
         loads_E = loads.sum(axis=0, dtype=np.int64) * LOAD_SCALE
         times = _times(planned.owners[None], loads_E[None], state, everywhere_E[None])

@@ -204,6 +204,7 @@ class Plan:
 
         It fits an int64, so it can ride in a collective; ranks whose digests differ would wait for different messages.
         """
+        assert self.resident is not None
         words = [str(self.copies.shape), self.layout, self.dispatch, self.timing]
         words += [f"{kind}={moved}" for kind, moved in self.bytes.items()]
         digest = hashlib.blake2b("|".join(words).encode(), digest_size=8)

@@ -72,7 +72,7 @@ def lines(
     steps = as_floats(x)
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes = _axes(figure, theme, x_label, y_label)
+        axes = styled_axes(figure, theme, x_label, y_label)
         marker = "o" if steps.size == 1 else None
         for (label, values), colour in zip(series.items(), theme.cycle, strict=False):
             y = as_floats(values)
@@ -87,7 +87,7 @@ def lines(
         if from_zero:
             axes.set_ylim(bottom=0)
         if len(series) > 1 or even_at is not None:
-            _legend(axes, theme)
+            legend(axes, theme)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
 
     return draw
@@ -134,7 +134,7 @@ def bars(names: Sequence[str], values: Sequence[float], *, x_label: str) -> Draw
     """Horizontal bars with their values; the first one is the one the report is about."""
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes = _axes(figure, theme, x_label, "")
+        axes = styled_axes(figure, theme, x_label, "")
         place = np.arange(len(names))
         colours = [theme.cycle[0]] + [theme.grid] * (len(names) - 1)
         axes.barh(place, values, color=colours, height=0.65, edgecolor=theme.faint, linewidth=0.6)
@@ -155,20 +155,20 @@ def stacked(series: Mapping[str, Numbers], x: Numbers, *, x_label: str, y_label:
     steps = as_floats(x)
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes = _axes(figure, theme, x_label, y_label)
+        axes = styled_axes(figure, theme, x_label, y_label)
         thin = [_thinned(steps, np.nan_to_num(as_floats(values))) for values in series.values()]
         axes.stackplot(
             thin[0][0], *[y for _, y in thin], labels=list(series), colors=theme.cycle[: len(series)], alpha=0.85
         )
         axes.set_ylim(bottom=0)
         axes.margins(x=0)
-        _legend(axes, theme)
+        legend(axes, theme)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
 
     return draw
 
 
-def _axes(figure: Figure, theme: Theme, x_label: str, y_label: str) -> Axes:
+def styled_axes(figure: Figure, theme: Theme, x_label: str, y_label: str) -> Axes:
     axes = figure.subplots()
     _dress(axes, theme, x_label, y_label)
     return axes
@@ -184,7 +184,7 @@ def _dress(axes: Axes, theme: Theme, x_label: str, y_label: str) -> None:
         spine.set_visible(False)
 
 
-def _legend(axes: Axes, theme: Theme) -> None:
+def legend(axes: Axes, theme: Theme) -> None:
     axes.figure.legend(
         *axes.get_legend_handles_labels(),
         loc="outside upper left",
