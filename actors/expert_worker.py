@@ -72,7 +72,7 @@ class ExpertWorker:
         trace_path = job.folder / "trace" / f"rank-{self._rank}.parquet"
         trace_path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with TraceWriter(trace_path, job.num_layers, job.num_experts) as trace:
+            with TraceWriter(trace_path, job.num_layers, job.num_experts, choices=job.workload.choices) as trace:
                 for step in range(job.config.steps):
                     report = trainer.step(step)
                     trace.append(step, report.loads, rank=self._rank)

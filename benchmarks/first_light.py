@@ -27,7 +27,7 @@ from raymoe.inference import Delta, InferenceEngine, SamplingParams
 from raymoe.telemetry import run_meta, write_json
 from raymoe.training.job import prepare_job, prepare_text
 
-_POLICIES = ("ep", "fssdp")
+_POLICIES = ("ep", "fssdp", "fssdp-paper")
 _BUDGETS = ("100%", "50%", "25%", "one expert")
 # gate, up and down of the demo's model in float32
 _ONE_EXPERT_BYTES = 3 * 256 * 256 * 4

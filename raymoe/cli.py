@@ -107,11 +107,11 @@ def main() -> None:
     logging.basicConfig(level=env.log_level(), format="%(levelname)s %(name)s: %(message)s")
     try:
         app()
-    except (ValueError, RunFailed) as error:
+    except (ValueError, FileNotFoundError, RunFailed) as error:
         if env.log_level() == "DEBUG":
             raise
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+        sys.exit(1 if isinstance(error, RunFailed) else 2)
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped")
         sys.exit(130)

@@ -13,8 +13,9 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write what is printed
 
 
 def shown_console() -> Console:
-    """Wraps lines on a terminal only, so that a file has them whole."""
-    return Console(soft_wrap=not sys.stdout.isatty())
+    """Wraps lines on a terminal only, so that a file has them whole, and tables in a file are not squeezed."""
+    is_terminal = sys.stdout.isatty()
+    return Console(soft_wrap=not is_terminal, width=None if is_terminal else 120)
 
 
 def shown_command() -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from raymoe.commands.progress import stage
@@ -133,7 +133,7 @@ def _batches(
     longest = getattr(text_config, "max_position_embeddings", None)
     if longest is not None and sequence_length > longest:
         raise ValueError(f"sequence_length = {sequence_length}: the model takes at most {longest} tokens")
-    tokenizer = _tokenizer(model)
+    tokenizer = load_tokenizer(model)
     stream = pack(read_documents(data), tokenizer, sequence_length)
     if stream.tokens.max() >= text_config.vocab_size:
         raise ValueError(
@@ -146,18 +146,6 @@ def _batches(
             f"{steps * batch}. Give more text, or lower steps, batch or sequence_length."
         )
     return batches
-
-
-def _tokenizer(model: Path) -> PreTrainedTokenizerFast:
-    try:
-        tokenizer = load_tokenizer(model)
-    except ValueError as error:
-        raise ValueError(_one_line(error)) from None
-    # for some families transformers makes up an empty one where there is no file
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        found = sorted(entry.name for entry in model.iterdir())
-        raise ValueError(f"no tokenizer in {str(model)!r}, which holds {found}")
-    return tokenizer
 
 
 def _load(model: Path) -> PreTrainedModel:

@@ -34,8 +34,12 @@ class FssdpPaper(PolicyDefaults):
     """Algorithm 1 with t = what hides behind attention, whether that many pay or not."""
 
     name = "fssdp-paper"
-    source = "Hecate (arXiv 2502.02581), Algorithm 1"
-    assumed = "rounding and tie-breaks as in raymoe.placement.materialise; bandwidth of a node's NIC for t"
+    source = "Hecate (arXiv 2502.02581), Algorithms 1 and 2"
+    assumed = (
+        "rounding and tie-breaks as in raymoe.placement.materialise and sharding; bandwidth of a node's NIC for t; re-sharding "
+        "by the mean load of the window; no calibration, which the paper leaves open"
+    )
+    interval: int | None = RESHARD_INTERVAL
 
     def prepare(self, history: np.ndarray, state: PlacementState) -> Plan:
         """Copies by Algorithm 1, layer by layer. No history, t = 0, m = 0 or one rank: no copies and no communication."""
@@ -46,6 +50,17 @@ class FssdpPaper(PolicyDefaults):
             for owners_E, loads_E in zip(state.base.owners, loads, strict=True)
         ]
         return Plan.of(state.base, np.stack(copies), state.workload)
+
+    def reshard(self, history: np.ndarray, state: PlacementState) -> Base:
+        """Algorithm 2, whenever its answer differs: what it gains is not asked."""
+        loads = expected_loads(history, state)
+        if state.cluster.num_devices == 1 or not loads.any():
+            return state.base
+        degrees_L = np.full(len(loads), min(paper_degree(state), loads.shape[1]))
+        owners = heterogeneous_owners(loads, degrees_L, state.cluster, state.base.owners)
+        if (owners == state.base.owners).all():
+            return state.base
+        return Base.of_owners(owners, state.cluster.num_devices)
 
 
 class FssdpPaperRemat(FssdpPaper):

@@ -102,14 +102,22 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         raise ValueError(f"tokenizer directory {str(path)!r} does not exist")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        found = sorted(entry.name for entry in path.iterdir())
-        raise ValueError(f"no tokenizer in {str(path)!r}, which holds {found}: {error}") from error
+    except (OSError, ValueError):
+        # transformers' own message is a page of advice on downloading
+        raise _no_tokenizer(path) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{str(path)!r} holds a {type(tokenizer).__name__}; one with a tokenizer.json is needed")
+    # for some families transformers makes up an empty tokenizer where there is none
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise _no_tokenizer(path)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {str(path)!r} has no eos token, which separates documents. Set eos_token.")
     return tokenizer
+
+
+def _no_tokenizer(path: Path) -> ValueError:
+    found = sorted(entry.name for entry in path.iterdir())
+    return ValueError(f"no tokenizer in {str(path)!r}, which holds {found}; save the model's tokenizer there")
 
 
 def plain_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
@@ -127,26 +135,42 @@ def plain_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 def _sample(texts: Iterable[str], max_bytes: int) -> list[str]:
     # Halving what is kept, and the stride, whenever it is too much keeps an even spread without knowing the length ahead.
-    kept: list[str] = []
+    kept: list[list[str]] = []
     size = 0
     stride = 1
     for i, block in enumerate(_blocks(texts)):
         if i % stride:
             continue
         kept.append(block)
-        size += len(block.encode())
+        size += _num_bytes(block)
         while size > max_bytes and len(kept) > 1:
             kept = kept[::2]
             stride *= 2
-            size = sum(len(block.encode()) for block in kept)
-    return kept
+            size = sum(map(_num_bytes, kept))
+    return [piece for block in kept for piece in block]
 
 
-def _blocks(texts: Iterable[str]) -> Iterator[str]:
+def _num_bytes(block: list[str]) -> int:
+    return sum(len(piece.encode()) for piece in block)
+
+
+def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Pieces of texts in blocks of one to two times `_BLOCK_CHARS`, ends of lines first; the last may be shorter.
+
+    Blocks go on from text to text: if the end of each text were one, dropping every second could drop nearly all.
+    """
+    block: list[str] = []
+    length = 0
     for text in texts:
         start = 0
         while start < len(text):
-            end = text.find("\n", start + _BLOCK_CHARS, start + 2 * _BLOCK_CHARS) + 1
-            end = end or min(start + 2 * _BLOCK_CHARS, len(text))
-            yield text[start:end]
+            least, most = start + _BLOCK_CHARS - length, start + 2 * _BLOCK_CHARS - length
+            end = text.find("\n", least, most) + 1 or min(most, len(text))
+            block.append(text[start:end])
+            length += end - start
             start = end
+            if length >= _BLOCK_CHARS:
+                yield block
+                block, length = [], 0
+    if block:
+        yield block

@@ -127,3 +127,13 @@ def test_knowing_the_loads_needs_no_calibration():
     current = state()
     plan = policy("fssdp-known").prepare(EVEN.sum(0)[None, None], current)
     assert (policy("fssdp-known").calibrate(0, SKEWED, plan, current).copies == plan.copies[0]).all()
+
+
+def test_the_paper_reshards_without_asking_what_it_gains():
+    current = replace(state(m=0), overlap_degree=2)
+    base = policy("fssdp-paper").reshard(SKEWED.sum(0)[None, None], current)
+    # all but the two hottest are dealt by load; every rank owns two of sixteen
+    assert (np.bincount(base.owners[0]) == 2).all()
+    cold = np.bincount(base.owners[0, 2:], weights=SKEWED[0, 2:], minlength=8)
+    assert cold.max() < np.bincount(even_owners(1, EXPERTS, 8)[0, 2:], weights=SKEWED[0, 2:], minlength=8).max()
+    assert policy("fssdp-paper").reshard(SKEWED.sum(0)[None, None], replace(current, base=base)) is not None

@@ -2,7 +2,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -129,6 +129,7 @@ def test_sample_is_spread_over_all_texts():
     line=st.integers(1, 20_000),
     max_bytes=st.integers(20_000, 60_000),
 )
+@example(lengths=[1, 7502, 12498], line=7501, max_bytes=20_000)
 @settings(deadline=None)
 def test_sample_is_bounded_and_everything_if_that_fits(lengths, line, max_bytes):
     texts = [("x" * (line - 1) + "\n") * (length // line) + "x" * (length % line) for length in lengths]
