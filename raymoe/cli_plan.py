@@ -45,6 +45,9 @@ def plan_command(
     sequence_length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 4096,
     extra_slots: Annotated[int | None, _option("Copies a layer a device may hold; default: what fits.", _TRACE)] = None,
     fan_out: Annotated[str | None, _option("How copies travel: p2p, hierarchical, chain.", _TRACE)] = None,
+    forecast: Annotated[
+        Literal["mean", "last", "exponential"], _option("What policies make of the last steps.", _TRACE)
+    ] = "mean",
     steps: Annotated[int | None, _option("Steps to simulate.", _TRACE)] = None,
     seed: Annotated[int, _option("Of a generated trace.", _TRACE)] = 0,
     purpose: Annotated[Literal["train", "serve"], _option("What for.", _MODEL, "--for")] = "serve",
@@ -78,4 +81,4 @@ def plan_command(
         plan_trace(trace, cluster, policies, nodes=nodes, devices_per_node=devices_per_node, hidden_size=hidden_size,
                    expert_width=expert_width, sequence_length=sequence_length, matrices=matrices, choices=choices,
                    layers=layers, experts=experts, tokens=tokens, model_config=model_config, extra_slots=extra_slots,
-                   fan_out=fan_out, steps=steps, seed=seed, report=report, **common)  # fmt: skip
+                   fan_out=fan_out, forecast=forecast, steps=steps, seed=seed, report=report, **common)  # fmt: skip

@@ -21,6 +21,7 @@ from raymoe.commands.plan_inputs import routing
 from raymoe.placement import LoadTrace, Policy, Workload, policy, policy_names
 from raymoe.placement.advice import advise
 from raymoe.placement.compare import DEFAULT_SKIP, simulate_all, summarise, with_baseline
+from raymoe.placement.loads import Forecast
 from raymoe.placement.statistics import trace_statistics
 from raymoe.telemetry import write_json
 
@@ -43,6 +44,7 @@ def plan_trace(
     model_config: Path | None = None,
     extra_slots: int | None = None,
     fan_out: str | None = None,
+    forecast: Forecast = "mean",
     steps: int | None = None,
     seed: int = 0,
     console: Console,
@@ -61,6 +63,7 @@ def plan_trace(
         layers, experts, tokens: of a generated trace (tokens a device and step); a file has its own.
         extra_slots: copies a layer that a device may hold; default: what its memory has room for.
         fan_out: how copies travel; see `raymoe.placement.Workload`.
+        forecast: what policies expect of the last steps; see `raymoe.placement.predict`.
         steps: of a file at most these; of a generated trace this many.
 
     Raises:
@@ -89,7 +92,7 @@ def plan_trace(
     )
     if fan_out is not None:
         workload = replace(workload, fan_out=fan_out)  # pyright: ignore[reportArgumentType]  (checked there)
-    found = _compare(counts, machines, shape, sequence_length, workload, chosen, extra_slots, console)
+    found = _compare(counts, machines, shape, sequence_length, workload, chosen, extra_slots, forecast, console)
     _print(found, console)
     if json is not None:
         write_json(json, command, found.rows, _meta(found, seed))
@@ -103,7 +106,8 @@ def plan_trace(
 
 def _names(policies: str) -> tuple[str, ...]:
     if policies == "all":
-        return policy_names()
+        # the exhaustive bound takes as long as all the others together
+        return tuple(name for name in policy_names() if name != "fssdp-exhaustive")
     return tuple(dict.fromkeys(name.strip() for name in policies.split(",")))
 
 
@@ -115,12 +119,15 @@ def _compare(
     workload: Workload,
     chosen: Sequence[Policy],
     extra_slots: int | None,
+    forecast: Forecast,
     console: Console,
 ) -> Comparison:
     policies = with_baseline(chosen)
     skip = min(DEFAULT_SKIP, trace.num_steps // 4)
     with _progress(console, [each.name for each in policies], trace.num_steps) as on_step:
-        simulations = simulate_all(trace, policies, cluster.spec, workload, extra_slots=extra_slots, on_step=on_step)
+        simulations = simulate_all(
+            trace, policies, cluster.spec, workload, extra_slots=extra_slots, forecast=forecast, on_step=on_step
+        )
     rows = summarise(simulations, trace, policies, cluster.spec, workload, extra_slots=extra_slots, skip=skip)
     sizes = {"num_steps": trace.num_steps - skip, "num_devices": trace.num_ranks, "num_experts": trace.num_experts}
     known = {fact: value for fact, value in trace_statistics(trace).items() if math.isfinite(value)}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from raymoe.placement.cluster import ClusterSpec
-from raymoe.placement.loads import DEFAULT_WINDOW
+from raymoe.placement.loads import DEFAULT_WINDOW, Forecast
 from raymoe.placement.memory import expert_memory
 from raymoe.placement.plan import Base, Plan
 from raymoe.placement.policy import ExpertParallel, Policy
@@ -60,6 +60,7 @@ def simulate_all(
     *,
     extra_slots: int | None = None,
     window: int = DEFAULT_WINDOW,
+    forecast: Forecast = "mean",
     on_step: Callable[[], None] | None = None,
 ) -> list[Simulation]:
     """One simulation a policy, in the order of ``with_baseline``.
@@ -80,6 +81,7 @@ def simulate_all(
             workload,
             extra_slots=_slots(extra_slots, policy, trace, cluster, workload),
             window=window,
+            forecast=forecast,
             on_step=on_step,
         )
         for policy in with_baseline(policies)

@@ -90,7 +90,7 @@ def expected_loads(history: np.ndarray, state: PlacementState) -> np.ndarray:
     Raises:
         ValueError: history is not [W, L, E] with the L and E of the owners.
     """
-    loads, shape = predict(history, state.window), state.base.owners.shape
+    loads, shape = predict(history, state.window, state.forecast), state.base.owners.shape
     if loads.shape != shape:
         raise ValueError(
             f"history is of {loads.shape[0]} layers x {loads.shape[1]} experts, the owners are of {shape[0]} x {shape[1]}"

@@ -13,7 +13,7 @@ import numpy as np
 
 from raymoe.placement.cluster import ClusterSpec
 from raymoe.placement.cost import LayerCost, exchange_ns, layer_cost, move_links
-from raymoe.placement.loads import DEFAULT_WINDOW, LOAD_SCALE, forecast_error, predict
+from raymoe.placement.loads import DEFAULT_WINDOW, LOAD_SCALE, Forecast, forecast_error, predict
 from raymoe.placement.memory import expert_memory
 from raymoe.placement.plan import Base
 from raymoe.placement.policy import Policy
@@ -41,7 +41,7 @@ class Simulation:
     num_copies: np.ndarray
     """int64 [S, L]: copies that were made, late ones included."""
     forecast_error: np.ndarray
-    """float64 [S, L]: share of the load that the window mean put on the wrong experts."""
+    """float64 [S, L]: share of the load that the forecast put on the wrong experts."""
     plan_ns: np.ndarray
     """float64 [S]: measured time of planning and calibrating all layers, on this machine."""
 
@@ -59,6 +59,7 @@ def simulate(
     extra_slots: int,
     window: int = DEFAULT_WINDOW,
     overlap_degree: int | None = None,
+    forecast: Forecast = "mean",
     on_step: Callable[[], None] | None = None,
 ) -> Simulation:
     """Runs the policy over all steps of the trace, from a cold start: the first step has no history.
@@ -67,6 +68,7 @@ def simulate(
         trace: its ranks are re-split if the cluster has another number of them.
         extra_slots: m, copies a layer that a device has memory for.
         overlap_degree: t; None: what the policy itself finds.
+        forecast: how a policy that looks at a window makes one load of it.
         on_step: called after each step, for a progress bar.
 
     Raises:
@@ -79,7 +81,7 @@ def simulate(
     even = Base.of_owners(even_owners(num_layers, num_experts, cluster.num_devices), cluster.num_devices)
 
     def state_of(base: Base, since: int) -> PlacementState:
-        return PlacementState(base, cluster, workload, extra_slots, overlap_degree, window, since)
+        return PlacementState(base, cluster, workload, extra_slots, overlap_degree, window, forecast, since)
 
     base = policy.start(even, state_of(even, 0))
     layers: list[list[LayerCost]] = []
@@ -120,7 +122,7 @@ def simulate(
         placed = replace(plan, copies=np.stack([each.copies for each in layer_plans]))
         memory_bytes = max(memory_bytes, int(expert_memory(placed, workload).max()))
         num_copies[step] = [int(np.count_nonzero(each.extra_copies())) for each in layer_plans]
-        errors[step] = forecast_error(predict(past, window), loads_SLE[step] * LOAD_SCALE)
+        errors[step] = forecast_error(predict(past, window, forecast), loads_SLE[step] * LOAD_SCALE)
         if on_step is not None:
             on_step()
     return Simulation(policy.name, layers, reshard_ns, reshard_bytes, memory_bytes, num_copies, errors, plan_ns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raymoe.placement.cluster import ClusterSpec
-from raymoe.placement.loads import DEFAULT_WINDOW
+from raymoe.placement.loads import DEFAULT_WINDOW, Forecast
 from raymoe.placement.plan import Base
 from raymoe.placement.workload import Workload
 
@@ -31,7 +31,10 @@ class PlacementState:
     """t: experts a layer whose copies may travel in one step; None: as many as hide behind attention."""
 
     window: int = DEFAULT_WINDOW
-    """w: steps whose mean load is the forecast."""
+    """w: steps that the forecast looks at."""
+
+    forecast: Forecast = "mean"
+    """How it makes one load of them; see ``raymoe.placement.predict``."""
 
     steps_since_reshard: int = 0
     """Steps since ``Policy.reshard`` last changed the base."""

@@ -137,3 +137,13 @@ def test_the_paper_reshards_without_asking_what_it_gains():
     cold = np.bincount(base.owners[0, 2:], weights=SKEWED[0, 2:], minlength=8)
     assert cold.max() < np.bincount(even_owners(1, EXPERTS, 8)[0, 2:], weights=SKEWED[0, 2:], minlength=8).max()
     assert policy("fssdp-paper").reshard(SKEWED.sum(0)[None, None], replace(current, base=base)) is not None
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+def test_calibration_does_not_depend_on_the_order_of_the_ranks(seed):
+    rng = np.random.default_rng(seed)
+    current = state(workload=BIG)
+    plan = policy("fssdp").prepare(EVEN.sum(0)[None, None], current)
+    rows = rng.multinomial(16_384, rng.dirichlet(np.full(EXPERTS, 0.3)), size=8)
+    one, other = (policy("fssdp").calibrate(0, each, plan, current) for each in (rows, rng.permutation(rows)))
+    assert (one.copies == other.copies).all()

@@ -59,6 +59,15 @@ def test_forecast_error_is_reported():
     assert 0 < errors[1:].max() < 0.2
 
 
+def test_forecasts_differ_and_the_last_value_follows_a_shift_at_once():
+    trace = small_trace(12)
+    shifted = replace(trace, rows=np.concatenate([trace.rows[:6], trace.rows[6:, :, :, ::-1]]))
+    errors = {
+        name: run("fssdp", shifted, forecast=name).forecast_error[7].mean() for name in ("mean", "last", "exponential")
+    }
+    assert errors["last"] < errors["exponential"] < errors["mean"]
+
+
 class _Mover(PolicyDefaults):
     """Moves every expert to the next rank each third step."""
 
