@@ -230,6 +230,12 @@ def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def where(meta: dict[str, Any]) -> str:
+    """Command, date, machine and versions, a line each."""
+    facts = ", ".join(f"{name} {value}" for name, value in (meta["host"] | meta["versions"]).items() if value)
+    return f"`{meta['command']}`, {meta['date'][:10]}\n\n{facts}"
+
+
 def _public(arguments: Sequence[str]) -> list[str]:
     """The arguments with files by their names alone."""
     return [Path(each).name if "/" in each else each for each in arguments]
@@ -279,7 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
         everything = [{"part": title, **row} for title, (of_part, _) in parts.items() for row in of_part]
         write_json(options.json, meta["command"], everything)
     if options.markdown is not None:
-        head = f"# Placement\n\n`{meta['command']}`, {meta['date']}; {meta['host']}\n\n"
+        head = f"# Placement\n\n{where(meta)}\n\n"
         options.markdown.write_text(head + "\n".join(markdown(title, *part) for title, part in parts.items()))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from raymoe.benchmarks.placement import gpt_layer, markdown, table
+from raymoe.benchmarks.placement import gpt_layer, markdown, table, where
 from raymoe.cluster_file import load_cluster
 from raymoe.placement import ClusterSpec, LoadTrace, Plan, Policy, Simulation, Workload, policy, simulate
 from raymoe.placement.fssdp import FssdpPaper
@@ -168,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.json is not None:
         write_json(options.json, command, rows)
     if options.markdown is not None:
-        head = f"`{command} --steps {options.steps}`, {run_meta(command)['date']}; all times simulated\n\n"
+        head = where(run_meta(f"{command} --steps {options.steps}")) + "\n\n"
         options.markdown.write_text(f"# {title}\n\n{head}" + markdown(title, rows, COLUMNS))
 
 

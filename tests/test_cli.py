@@ -81,7 +81,13 @@ def test_train_writes_checkpoint_report_and_json(tmp_path, text):
 def test_ctrl_c_stops_at_once_and_leaves_no_process(tmp_path, text):
     command = [sys.executable, "-m", "raymoe", "train", str(EXAMPLE), *TINY, text, "steps=100000"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        # a shell starts what runs in the background with SIGINT ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     for line in process.stdout:
