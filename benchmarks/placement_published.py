@@ -34,14 +34,14 @@ class MaterialisationOnly(FssdpPaper):
     """Algorithm 1 on even owners."""
 
     name = "fssdp-paper without re-sharding"
-    interval = None
+    interval: int | None = None
 
 
 class EvenReplicas(Eplb):
     """Expert parallelism within every node, replicated over the nodes, as Megatron and FSDP+EP lay out few large experts."""
 
     name = "ep in every node"
-    interval = None
+    interval: int | None = None
 
     def prepare(self, history: np.ndarray, state: Any) -> Plan:
         """The start's replicas, whatever the loads; a row goes to its own node's."""
