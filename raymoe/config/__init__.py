@@ -1,0 +1,27 @@
+"""The YAML models: what `raymoe train`, `raymoe serve` and a Serve deployment may be told.
+
+One class a component; YAML keys are the field names; an unknown key, a wrong type or an impossible size is an error that
+names the dotted key. A component takes its own part, never the whole.
+"""
+
+from raymoe.config.base import ConfigError, Strict
+from raymoe.config.data import DataConfig, TokenizerConfig
+from raymoe.config.load import load_config, parse_config
+from raymoe.config.memory import parse_memory
+from raymoe.config.serve import ServeConfig
+from raymoe.config.train import ExpertsConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+__all__ = [
+    "ConfigError",
+    "DataConfig",
+    "ExpertsConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ServeConfig",
+    "Strict",
+    "TokenizerConfig",
+    "TrainConfig",
+    "load_config",
+    "parse_config",
+    "parse_memory",
+]

@@ -1,0 +1,60 @@
+"""What `raymoe serve` and a Serve deployment may be told."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from raymoe.config.base import Strict
+from raymoe.config.memory import parse_memory
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+
+
+class ServeConfig(Strict):
+    model: Path
+    """A Hugging Face directory of a MoE model, with its tokenizer."""
+    name: str | None = None
+    """What `/v1/models` calls it; default: the directory's name."""
+    expert_memory: str | int = "50%"
+    """Budget of the expert cache: a share of all experts ("50%") or bytes ("512MiB", 536870912)."""
+    dtype: Dtype = "float32"
+    engines: int = Field(default=1, ge=1)
+    """`Engine` replicas."""
+    max_batch_tokens: int = Field(default=512, ge=16)
+    """Tokens a forward pass may hold, prompts included."""
+    kv_tokens: int = Field(default=16384, ge=256)
+    """Tokens the paged KV cache holds, over all requests."""
+    max_tokens: int = Field(default=1024, ge=1)
+    """Most tokens one answer may have."""
+    max_prompt_tokens: int = Field(default=4096, ge=1)
+    """Longest prompt that is taken."""
+    max_ongoing_requests: int = Field(default=256, ge=1)
+    """Requests a replica works on at once; further ones wait in the queue."""
+    max_queued_requests: int = Field(default=512, ge=1)
+    """Requests that may wait; further ones are answered 503."""
+    num_cpus: float = Field(default=1, gt=0)
+    """CPUs an `Engine` reserves; it computes with as many threads."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs an `Engine` reserves; above 0 the model and the expert cache are on the GPU."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of the `Engine` processes, e.g. RAYMOE_KERNELS."""
+    host: str = "127.0.0.1"
+    """Address the HTTP proxy binds to (`raymoe serve`; with `serve run` and YAML it is Serve's own `http_options`)."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """Port of the HTTP proxy."""
+
+    @field_validator("model")
+    @classmethod
+    def _is_a_model(cls, value: Path) -> Path:
+        if not (value / "config.json").is_file():
+            raise ValueError(
+                f"no config.json in {value}; give a Hugging Face model directory, e.g. one that `raymoe train` wrote"
+            )
+        return value.resolve()
+
+    @field_validator("expert_memory")
+    @classmethod
+    def _parses(cls, value: str | int) -> str | int:
+        parse_memory(value, total_bytes=1)
+        return value

@@ -1,0 +1,100 @@
+"""What `raymoe train` may be told."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from raymoe.config.base import Strict
+from raymoe.config.data import DataConfig, TokenizerConfig
+
+
+class ModelConfig(Strict):
+    path: Path | None = None
+    """A Hugging Face directory to start from. Exactly one of `path` and `config`."""
+    config: dict[str, Any] | None = None
+    """A transformers configuration (`model_type` and its keys) to start from random weights. `vocab_size` and the special
+    token ids come from the tokenizer."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Of the parameters, the moments and the computation."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ModelConfig":
+        if (self.path is None) == (self.config is None):
+            raise ValueError(
+                "give exactly one of 'path' (a Hugging Face directory) and 'config' (a transformers configuration)"
+            )
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config needs 'model_type', e.g. olmoe")
+        if self.path is not None and not (self.path / "config.json").is_file():
+            raise ValueError(f"path: no config.json in {self.path}; give a Hugging Face model directory")
+        return self
+
+
+class ExpertsConfig(Strict):
+    policy: Literal["ep", "fssdp", "fssdp-paper"] = "fssdp"
+    """`ep`: every expert only at its owner. `fssdp`: hot experts are materialised on other workers, step by step, where the
+    measured costs say that it pays. `fssdp-paper`: as many as hide behind the attention, whether they pay or not."""
+    overlap_degree: Literal["auto"] | int = "auto"
+    """t: the most experts a layer may copy within one step. `auto`: what the policy finds from what was measured."""
+    extra_slots: int | None = Field(default=None, ge=0)
+    """m: copies a worker may hold per layer. Default: as many as it owns."""
+    window: int = Field(default=5, ge=1)
+    """Steps whose mean load is the forecast."""
+    owners: list[list[int]] | None = None
+    """Owner of expert e of MoE layer l, as [layer][expert]; default: an even split."""
+
+    @field_validator("overlap_degree")
+    @classmethod
+    def _not_negative(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and value < 0:
+            raise ValueError("must be 'auto' or an integer of at least 0")
+        return value
+
+
+class OptimizerConfig(Strict):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with a linear warm-up and a cosine decay."""
+
+    lr: float = Field(default=1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    warmup_steps: int = Field(default=20, ge=0)
+    final_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the last step, as a share of `lr`."""
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    """Global gradient norm, over all workers and with each expert counted once, above which gradients are scaled down."""
+
+
+class TrainConfig(Strict):
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    workers: int = Field(default=2, ge=1)
+    """`ExpertWorker` actors, one a device."""
+    worker_cpus: float = Field(default=1, gt=0)
+    """CPUs a worker reserves; it computes with as many threads."""
+    worker_gpus: float = Field(default=0, ge=0)
+    """GPUs a worker reserves."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of the workers, e.g. RAYMOE_KERNELS."""
+    steps: int = Field(default=200, ge=1)
+    batch: int = Field(default=16, ge=1)
+    """Sequences a step, over all workers together: the same whatever their number."""
+    balance_loss: float | None = Field(default=None, ge=0)
+    """Weight of the load-balance loss; default: the model configuration's `router_aux_loss_coef`."""
+    seed: int = 0
+    output: Path = Path("runs/train")
+    """Where the checkpoint, the routing trace and the report go."""
+    worker_timeout_s: float = Field(default=120, gt=0)
+    """How long a collective or the placement of the workers may take before the run fails."""
+
+    @model_validator(mode="after")
+    def _enough_sequences(self) -> "TrainConfig":
+        if self.batch < self.workers:
+            raise ValueError(
+                f"batch: {self.batch} sequences do not reach {self.workers} workers; need at least {self.workers}"
+            )
+        return self
