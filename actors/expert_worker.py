@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +16,15 @@ from raymoe.actors.metrics import export_metrics
 from raymoe.actors.session import free_address
 from raymoe.models import CheckpointWriter
 from raymoe.telemetry import TraceWriter, metrics
+from raymoe.training.checkpoint import Checkpointer
+from raymoe.training.export import write_model
 from raymoe.training.job import TrainJob, build_trainer
+from raymoe.training.link_probe import LinkMeasurement, LinkProbe
 from raymoe.training.publication import Publication
+from raymoe.training.report import StepReport
+from raymoe.training.state import TrainerState
 from raymoe.training.tokenizer import load_tokenizer
-from raymoe.training.trainer import StepReport, Trainer
+from raymoe.training.trainer import Trainer
 from raymoe.training.world import join_world, leave_world
 
 logger = logging.getLogger("raymoe")
@@ -27,11 +34,15 @@ logger = logging.getLogger("raymoe")
 class WorkerFacts:
     """What a worker found at the start of an epoch."""
 
-    node: str
-    device: str
-    bandwidth_bytes_s: int
-    """To the next rank while receiving from the one before, all ranks at once; 0 if it is alone."""
-    latency_ns: int
+    nodes: tuple[int, ...]
+    """Node of every rank."""
+    links: LinkMeasurement
+    publication: Publication
+    """What it plans from at first."""
+    next_step: int
+    """The first step to do: after the last one of a checkpoint, or 0."""
+    state_bytes: dict[str, int]
+    """What it holds of parameters, gradients and optimizer, by part."""
 
 
 @ray.remote(concurrency_groups={"control": 1})  # pyright: ignore[reportCallIssue]  (Ray's overloads lack concurrency_groups)
@@ -59,11 +70,14 @@ class ExpertWorker:
         """Joins the epoch, reads its part of the model, and measures what the controller wants to know."""
         config = self._job.config
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        world = join_world(rendezvous, self._rank, config.workers, config.worker_timeout_s, device)
-        self._trainer = build_trainer(self._job, world)
-        bandwidth_bytes_s, latency_ns = self._trainer.measure_links()
         node = ray.get_runtime_context().get_node_id()
-        return WorkerFacts(node, device.type, bandwidth_bytes_s, latency_ns)
+        world = join_world(rendezvous, self._rank, config.workers, config.worker_timeout_s, device, node)
+        self._trainer = build_trainer(self._job, world)
+        links = LinkProbe(world, world.nodes, self._trainer.expert_bytes).measure()
+        trainer = self._trainer
+        return WorkerFacts(
+            world.nodes, links, trainer.placing.publications.applied, trainer.next_step, trainer.state_bytes()
+        )
 
     def run(self, controller: ActorHandle) -> None:
         """Trains to the last step; every step's report goes to the controller."""
@@ -72,32 +86,42 @@ class ExpertWorker:
         trace_path = job.folder / "trace" / f"rank-{self._rank}.parquet"
         trace_path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with TraceWriter(trace_path, job.num_layers, job.num_experts, choices=job.workload.choices) as trace:
-                for step in range(job.config.steps):
+            with (
+                _checkpointing(job, trainer) as save,
+                TraceWriter(trace_path, job.num_layers, job.num_experts, choices=job.workload.choices) as trace,
+            ):
+                for step in range(trainer.next_step, job.config.steps):
                     report = trainer.step(step)
                     trace.append(step, report.loads, rank=self._rank)
                     self._record(report)
                     controller.report.remote(self._rank, report)
+                    save(step + 1)
         except BaseException:
             # at once: the closing sockets free every rank that waits for this one
             leave_world()
             raise
 
+    def advance(self, num_steps: int) -> list[StepReport]:
+        """Some steps and no more, for who wants to look between them; nothing is traced or saved."""
+        trainer = self._trainer
+        assert trainer is not None, "start() comes first"
+        return [trainer.step(trainer.next_step) for _ in range(num_steps)]
+
     def save(self, path: Path) -> None:
         """Writes the whole model as a Hugging Face directory; every rank calls it, rank 0 writes."""
         assert self._trainer is not None, "start() comes first"
         if self._rank > 0:
-            self._trainer.write(None)
+            write_model(self._trainer, None)
             return
         tokenizer = load_tokenizer(self._job.config.tokenizer.path or self._job.model_path)
         with CheckpointWriter(path, self._trainer.model, tokenizer) as writer:
-            self._trainer.write(writer)
+            write_model(self._trainer, writer)
 
     @ray.method(concurrency_group="control")
     def publish(self, publication: Publication) -> None:
         """Takes the controller's publication while a step runs; the ranks agree on when to apply it."""
         assert self._trainer is not None, "start() comes first"
-        self._trainer.publications.put(publication)
+        self._trainer.placing.publications.put(publication)
 
     @ray.method(concurrency_group="control")
     def state(self) -> dict[str, object]:
@@ -109,8 +133,8 @@ class ExpertWorker:
             "rank": self._rank,
             "pid": os.getpid(),
             "kernel_calls": kernels.calls(),
-            "owned_experts": [len(shard.owned) for shard in self._trainer.experts.shards],
-            "state_bytes": self._trainer.optimizer.state_bytes(),
+            "owned_experts": self._trainer.experts.base.resident[:, :, self._rank].sum(axis=1).tolist(),
+            "state_bytes": self._trainer.state_bytes(),
         }
 
     def _record(self, report: StepReport) -> None:
@@ -124,3 +148,27 @@ class ExpertWorker:
             metrics.TRAIN_LOSS.set(report.loss)
             metrics.TRAIN_TOKENS_TOTAL.inc(report.tokens)
             metrics.TRAIN_TOKENS_PER_S.set(report.tokens / report.step_s)
+
+
+@contextmanager
+def _checkpointing(job: TrainJob, trainer: Trainer) -> Iterator[Callable[[int], None]]:
+    """What to call after each step with the number of steps done: saves when it is time."""
+    config, world = job.config.checkpoint, trainer.world
+    if config.folder is None:
+        yield lambda done: None
+        return
+    checkpointer = Checkpointer(
+        config.folder, rank=world.rank, size=world.size, group=None, keep=config.keep,
+        resumed_step=trainer.next_step if job.resumes else None,
+    )  # fmt: skip
+    state = TrainerState(trainer)
+
+    def save(done: int) -> None:
+        if done % config.every_steps == 0 or done == job.config.steps:
+            checkpointer.save(done, state)
+
+    try:
+        yield save
+        checkpointer.wait()
+    finally:
+        checkpointer.close()

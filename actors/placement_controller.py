@@ -14,7 +14,8 @@ from raymoe.actors.metrics import export_metrics
 from raymoe.placement import ClusterSpec
 from raymoe.telemetry import metrics
 from raymoe.training.job import TrainJob
-from raymoe.training.trainer import StepReport
+from raymoe.training.publication import Publication
+from raymoe.training.report import StepReport
 
 logger = logging.getLogger("raymoe")
 
@@ -30,6 +31,7 @@ class StepSummary:
     step: int
     loss: float
     balance_loss: float
+    z_loss: float
     grad_norm: float
     learning_rate: float
     tokens: int
@@ -44,8 +46,16 @@ class StepSummary:
     loads: np.ndarray
     """int64 [L, E], rows of all ranks."""
     copies: int
+    resharded: int
+    """Experts that changed homes before the step."""
     moved_bytes: dict[str, int]
     """Sent by all ranks, by kind of collective."""
+    link_bytes: dict[str, int]
+    """The same by link, `near` within nodes and `far` between them."""
+    planning_s: float
+    """Planning and bookkeeping, of the slowest rank."""
+    exposed_s: float
+    """Waiting for expert parameters and gradients, of the rank that waited longest."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -60,7 +70,7 @@ class PlacementController:
         logging.basicConfig(level=env.log_level())
         export_metrics()
         self._job = job
-        self._publication = job.first_publication
+        self._publication: Publication | None = None
         self._workers: list[ActorHandle] = []
         self._facts: list[WorkerFacts] = []
         self._reports: dict[int, dict[int, StepReport]] = {}
@@ -75,6 +85,7 @@ class PlacementController:
     def register(self, workers: list[ActorHandle], facts: list[WorkerFacts]) -> None:
         """Takes the ranks of the epoch, with what each found at its start."""
         self._workers, self._facts = workers, facts
+        self._publication = facts[0].publication
 
     def report(self, rank: int, report: StepReport) -> None:
         """One rank's account of one step."""
@@ -103,7 +114,8 @@ class PlacementController:
 
     def _settle(self, reports: list[StepReport]) -> None:
         """Publishes what the cost model needs, once steps have been seen working."""
-        if self._publication.version > 0 or len(self._facts) < 2:
+        first = self._publication
+        if first is None or first.version > 0 or len(self._facts) < 2 or self._job.config.experts.cluster is not None:
             return
         if self._num_steps > _UNMEASURED_STEPS:
             self._attention_ns.append(min(each.attention_ns for each in reports))
@@ -112,28 +124,31 @@ class PlacementController:
             return
         job = self._job
         attention_ns, row_ns = int(np.median(self._attention_ns)), float(np.median(self._row_ns))
-        cluster = measured_cluster(self._facts, int(job.workload.row_flops * 1e9 / max(row_ns, 1e-3)))
-        workload = replace(job.workload, attention_ns=attention_ns)
-        self._publication = replace(
-            self._publication, version=1, cluster=cluster, workload=workload, extra_slots=job.extra_slots
-        )
-        logger.info("measured: attention %.1f ms, a routed row %.1f us, %.0f MB/s and %.0f us between workers",
-                    attention_ns / 1e6, row_ns / 1e3, cluster.inter_bytes_s / 1e6, cluster.latency_ns / 1e3)  # fmt: skip
+        cluster = measured_cluster(self._facts[0], int(job.workload.row_flops * 1e9 / max(row_ns, 1e-3)))
+        workload = replace(first.workload, attention_ns=attention_ns)
+        self._publication = replace(first, version=1, cluster=cluster, workload=workload, extra_slots=job.extra_slots)
+        logger.info("measured: attention %.1f ms, a routed row %.1f us, %.0f MB/s and %.0f us between workers, overlap %d %%",
+                    attention_ns / 1e6, row_ns / 1e3, cluster.inter_bytes_s / 1e6, cluster.latency_ns / 1e3,
+                    cluster.overlap_percent)  # fmt: skip
         for worker in self._workers:
             worker.publish.remote(self._publication)
 
 
-def measured_cluster(facts: list[WorkerFacts], flops_s: int) -> ClusterSpec:
-    """The ranks' nodes and the slowest of their links. Where the cores that compute also copy, copies hide behind nothing."""
-    nodes = list(dict.fromkeys(each.node for each in facts))
-    bandwidth = max(min(each.bandwidth_bytes_s for each in facts), 1)
+def measured_cluster(facts: WorkerFacts, flops_s: int) -> ClusterSpec:
+    """The ranks' nodes, and their links as all of them measured them together."""
+    links = facts.links
+    near = links.intra_bytes_s or links.inter_bytes_s
+    assert near is not None, "a single worker has no links and is not asked"
     return ClusterSpec(
-        tuple(nodes.index(each.node) for each in facts),
-        bandwidth,
-        bandwidth,
-        latency_ns=max(each.latency_ns for each in facts),
+        facts.nodes,
+        near,
+        links.inter_bytes_s or near,
+        latency_ns=links.latency_ns or links.inter_latency_ns or 0,
+        inter_latency_ns=links.inter_latency_ns or 0,
         flops_s=max(flops_s, 1),
-        overlap_percent=0 if facts[0].device == "cpu" else 100,
+        nic_shared=links.is_nic_shared,
+        full_duplex=links.is_full_duplex,
+        overlap_percent=links.overlap_percent,
     )
 
 
@@ -143,11 +158,11 @@ def summarise(reports: list[StepReport], owners: np.ndarray) -> StepSummary:
     loads_LE = np.sum([report.loads for report in reports], axis=0)
     owned_DL = np.stack([(loads_LE * (owners == rank)).sum(1) for rank in range(len(reports))])
     computed_DL = np.stack([report.computed_rows for report in reports])
-    kinds = sorted({kind for report in reports for kind in report.moved_bytes})
     return StepSummary(
         step=first.step,
         loss=first.loss,
         balance_loss=first.balance_loss,
+        z_loss=first.z_loss,
         grad_norm=first.grad_norm,
         learning_rate=first.learning_rate,
         tokens=first.tokens,
@@ -157,8 +172,17 @@ def summarise(reports: list[StepReport], owners: np.ndarray) -> StepSummary:
         worker_imbalance=_imbalance(computed_DL),
         loads=loads_LE,
         copies=first.copies,
-        moved_bytes={kind: sum(report.moved_bytes.get(kind, 0) for report in reports) for kind in kinds},
+        resharded=first.resharded,
+        moved_bytes=_summed([report.moved_bytes for report in reports]),
+        link_bytes=_summed([report.link_bytes for report in reports]),
+        planning_s=max(report.planning_ns for report in reports) / 1e9,
+        exposed_s=max(report.exposed_ns for report in reports) / 1e9,
     )
+
+
+def _summed(bytes_by_rank: list[dict[str, int]]) -> dict[str, int]:
+    kinds = sorted({kind for each in bytes_by_rank for kind in each})
+    return {kind: sum(each.get(kind, 0) for each in bytes_by_rank) for kind in kinds}
 
 
 def _imbalance(rows_NL: np.ndarray) -> float:

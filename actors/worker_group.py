@@ -10,11 +10,11 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from raymoe.actors.expert_worker import ExpertWorker
-from raymoe.actors.placement_controller import PlacementController, StepSummary
+from raymoe.actors.expert_worker import ExpertWorker, WorkerFacts
+from raymoe.actors.placement_controller import PlacementController, StepSummary, summarise
 from raymoe.errors import RunFailed
 from raymoe.training.job import TrainJob
-from raymoe.training.trainer import PlanMismatch
+from raymoe.training.placing import PlanMismatch
 
 logger = logging.getLogger("raymoe")
 
@@ -35,6 +35,8 @@ class WorkerGroup:
         self._timeout_s = job.config.worker_timeout_s
         self._controller: ActorHandle | None = None
         self.workers: list[ActorHandle] = []
+        self.facts: list[WorkerFacts] = []
+        """What each worker found at its start."""
 
     def __enter__(self) -> "WorkerGroup":
         return self
@@ -72,6 +74,7 @@ class WorkerGroup:
         ]
         meeting, *_ = self._gather([worker.rendezvous.remote() for worker in self.workers], "could not be placed")
         measurements = self._gather([worker.start.remote(meeting) for worker in self.workers], "did not start")
+        self.facts = measurements
         ray.get(self.controller.register.remote(self.workers, measurements), timeout=self._timeout_s)
 
     def train(self) -> Iterator[StepSummary]:
@@ -83,7 +86,7 @@ class WorkerGroup:
         running: dict[ray.ObjectRef, int] = {
             worker.run.remote(self.controller): rank for rank, worker in enumerate(self.workers)
         }
-        known = 0
+        known = self.facts[0].next_step
         while known < self._job.config.steps:
             if _failures(running, wait_s=_POLL_S):
                 raise self._explain(running)
@@ -91,6 +94,11 @@ class WorkerGroup:
             yield from fresh
             known += len(fresh)
         self._gather(list(running), "did not finish")
+
+    def advance(self, num_steps: int) -> list[StepSummary]:
+        """Some steps and no more, all workers together."""
+        by_rank = self._gather([worker.advance.remote(num_steps) for worker in self.workers], "did not finish")
+        return [summarise(list(reports), self._job.owners) for reports in zip(*by_rank, strict=True)]
 
     def save(self, path: Path) -> None:
         """Writes the trained model as a Hugging Face directory."""

@@ -65,7 +65,7 @@ def test_counts_are_those_of_the_router_logits(folder, family, tmp_path):
     batches = Batches(stream, 24, 7, seed=1)
     found = {}
     for step in range(3):
-        inputs = batches.batch(step)[:, :-1]
+        inputs = batches.batch(step).tokens[:, :-1]
         with torch.no_grad():
             logits = plain(inputs, output_router_logits=True).router_logits
         for layer, scores in enumerate(logits):

@@ -1,7 +1,7 @@
 """Random models of a few thousand parameters, one a family."""
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 _COMMON = {
     "vocab_size": 96,
@@ -57,13 +57,39 @@ FAMILIES: dict[str, dict] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
 }
+# an encoder-decoder, so apart from the families above; two sparse blocks in each half
+_SWITCH = {
+    "vocab_size": 96,
+    "d_model": 32,
+    "d_ff": 48,
+    "d_kv": 8,
+    "num_heads": 4,
+    "num_layers": 4,
+    "num_decoder_layers": 4,
+    "num_sparse_encoder_layers": 2,
+    "num_sparse_decoder_layers": 2,
+    "num_experts": 5,
+    "expert_capacity": 4,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+}
 
 
 def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> PreTrainedModel:
     """A random model of `family` in eval mode; weights are spread so that tokens route differently."""
     config = CONFIG_MAPPING[family](**(_COMMON | FAMILIES[family] | changes))
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return _spread(AutoModelForCausalLM.from_config(config, dtype=dtype), seed)
+
+
+def tiny_switch(seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> PreTrainedModel:
+    """A random switch_transformers model in eval mode; its capacity is small enough that tokens are dropped."""
+    config = CONFIG_MAPPING["switch_transformers"](**(_SWITCH | changes))
+    torch.manual_seed(seed)
+    return _spread(AutoModelForSeq2SeqLM.from_config(config, dtype=dtype), seed)
+
+
+def _spread(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

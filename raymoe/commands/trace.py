@@ -169,10 +169,11 @@ def _record(network: PreTrainedModel, batches: Batches, output: Path, ranks: int
         first = recorder.layers[0]
         with TraceWriter(output, len(recorder.layers), first.num_experts, choices=first.top_k) as writer:
             for step in range(steps):
-                inputs = batches.batch(step)[:, :-1]
+                sequences = batches.batch(step)
                 for rank in range(ranks):
                     # without the head: its logits are far larger than what is recorded
-                    network.base_model(input_ids=rank_slice(inputs, rank, ranks).to(network.device), use_cache=False)
+                    inputs = rank_slice(sequences, rank, ranks).tokens[:, :-1]
+                    network.base_model(input_ids=inputs.to(network.device), use_cache=False)
                     writer.append(step, recorder.take_counts().numpy(), rank=rank)
                 advance(step)
 

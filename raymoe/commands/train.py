@@ -1,6 +1,7 @@
 """`raymoe train`: text in, a trained Hugging Face directory and a report out."""
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from raymoe.commands.progress import TrainingProgress, stage
 from raymoe.config import TrainConfig
 from raymoe.telemetry import Number, Report, Score, Table, Training, run_meta, write_json, write_report
 from raymoe.training.evaluate import Baselines, EvalResult, baselines, evaluate
-from raymoe.training.job import DTYPES, PreparedText, TrainJob, prepare_job, prepare_text
+from raymoe.training.data.prepare import PreparedData
+from raymoe.training.job import DTYPES, TrainJob, prepare_job, prepare_text
 
 _EVALUATION_BATCH = 16
 
@@ -44,7 +46,7 @@ class TrainingOutcome:
 
 def train(config: TrainConfig, console: Console, command: str, json_path: Path | None = None) -> TrainingOutcome:
     """The whole command: trains in a Ray session, evaluates, writes checkpoint, trace and report, prints what came."""
-    with ray_session(int(config.workers * config.worker_cpus)) as dashboard_url:
+    with ray_session(math.ceil(config.workers * config.worker_cpus)) as dashboard_url:
         outcome = run_training(config, console, dashboard_url)
     report = training_report(outcome, command)
     path = config.output / "report.html"
@@ -68,9 +70,10 @@ def run_training(config: TrainConfig, console: Console, dashboard_url: str = "")
     folder = config.output.resolve()
     with stage(console, "text") as say:
         text = prepare_text(config, folder)
+        so_far = "" if text.is_complete else " so far"
         say(
-            f"{text.train.num_bytes / 1e6:.1f} MB to train on, {text.held_out.num_bytes / 1e6:.2f} MB held out; "
-            f"{len(text.train.tokens) / 1e6:.2f} M tokens of {len(text.tokenizer)} kinds"
+            f"{text.train_bytes / 1e6:.1f} MB to train on{so_far}, {text.held_out.num_bytes / 1e6:.2f} MB held out; "
+            f"{text.train_tokens / 1e6:.2f} M tokens of {len(text.tokenizer)} kinds"
         )
     with stage(console, "model") as say:
         job = prepare_job(config, folder, text)
@@ -88,17 +91,18 @@ def run_training(config: TrainConfig, console: Console, dashboard_url: str = "")
             for step in group.train():
                 steps.append(step)
                 progress.update(step)
+                text.check()
         with stage(console, "saving") as say:
             group.save(checkpoint)
             say(f"Hugging Face directory {checkpoint}")
     with stage(console, "evaluating") as say:
         result = _evaluate(config, checkpoint, text)
-        others = baselines(text.train, text.held_out, text.held_out_documents, len(text.tokenizer))
+        others = baselines(text.train_frequencies(), text.held_out, text.held_out_documents)
         say(f"{result.bits_per_byte:.3f} bits per byte on {result.bytes / 1e3:.0f} kB of held-out text")
     return TrainingOutcome(job, steps, result, others, checkpoint, dashboard_url)
 
 
-def _evaluate(config: TrainConfig, checkpoint: Path, text: PreparedText) -> EvalResult:
+def _evaluate(config: TrainConfig, checkpoint: Path, text: PreparedData) -> EvalResult:
     """Held-out loss of the checkpoint as plain transformers opens it: what was saved is what is measured."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=DTYPES[config.model.dtype], local_files_only=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"

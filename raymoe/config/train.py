@@ -6,7 +6,9 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from raymoe.config.base import Strict
+from raymoe.config.checkpoint import CheckpointConfig
 from raymoe.config.data import DataConfig, TokenizerConfig
+from raymoe.placement import trainable_names
 
 
 class ModelConfig(Strict):
@@ -15,8 +17,8 @@ class ModelConfig(Strict):
     config: dict[str, Any] | None = None
     """A transformers configuration (`model_type` and its keys) to start from random weights. `vocab_size` and the special
     token ids come from the tokenizer."""
-    dtype: Literal["float32", "float64"] = "float32"
-    """Of the parameters, the moments and the computation."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Of parameters and computation. With bfloat16 the optimizer keeps float32 masters and moments."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelConfig":
@@ -32,9 +34,23 @@ class ModelConfig(Strict):
 
 
 class ExpertsConfig(Strict):
-    policy: Literal["ep", "fssdp", "fssdp-paper"] = "fssdp"
+    policy: str = "fssdp"
     """`ep`: every expert only at its owner. `fssdp`: hot experts are materialised on other workers, step by step, where the
-    measured costs say that it pays. `fssdp-paper`: as many as hide behind the attention, whether they pay or not."""
+    measured costs say that it pays. `fssdp-paper`: as many as hide behind the attention, whether they pay or not. With `-rm`
+    copies are given up after forward and gathered again in backward: less memory, more traffic. Rivals: `fastermoe`,
+    `smartmoe`, `flexmoe`, `pro-prophet`, `eplb`, `lazarus`."""
+    transport: Literal["auto", "p2p", "a2a", "hierarchical"] = "auto"
+    """How copies travel. `p2p`: from the owner to each holder. `a2a`: one all-to-all. `hierarchical`: once to each node, and
+    on from there. `auto`: hierarchical where workers are on several nodes."""
+    dispatch: Literal["auto", "local", "node", "even", "capacity", "level"] = "auto"
+    """How rows find a copy. `local`: their own worker's first. `level`: so that workers compute equally much. `auto`: as the
+    policy says. The others: see `raymoe.placement.dispatch`."""
+    reshard_every: Literal["auto"] | int = "auto"
+    """Steps between two re-shardings, when experts change homes with their optimizer state. `auto`: as often as the policy
+    has it; 0: never."""
+    cluster: Path | None = None
+    """A cluster file to plan from (see `raymoe plan --measure`); without it links and computation are measured as the run
+    starts. What is measured differs from run to run, and sums with it in their last bits; with a file they do not."""
     overlap_degree: Literal["auto"] | int = "auto"
     """t: the most experts a layer may copy within one step. `auto`: what the policy finds from what was measured."""
     extra_slots: int | None = Field(default=None, ge=0)
@@ -44,7 +60,14 @@ class ExpertsConfig(Strict):
     owners: list[list[int]] | None = None
     """Owner of expert e of MoE layer l, as [layer][expert]; default: an even split."""
 
-    @field_validator("overlap_degree")
+    @field_validator("policy")
+    @classmethod
+    def _can_train(cls, value: str) -> str:
+        if value not in trainable_names():
+            raise ValueError(f"there is no such policy to train with; choose one of {', '.join(trainable_names())}")
+        return value
+
+    @field_validator("overlap_degree", "reshard_every")
     @classmethod
     def _not_negative(cls, value: str | int) -> str | int:
         if isinstance(value, int) and value < 0:
@@ -53,13 +76,15 @@ class ExpertsConfig(Strict):
 
 
 class OptimizerConfig(Strict):
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with a linear warm-up and a cosine decay."""
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with a linear warm-up and a decay."""
 
     lr: float = Field(default=1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     warmup_steps: int = Field(default=20, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """From the end of the warm-up to the last step."""
     final_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the last step, as a share of `lr`."""
     clip_norm: float | None = Field(default=1.0, gt=0)
@@ -83,8 +108,18 @@ class TrainConfig(Strict):
     steps: int = Field(default=200, ge=1)
     batch: int = Field(default=16, ge=1)
     """Sequences a step, over all workers together: the same whatever their number."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Sequences that a worker takes through the model at once; gradients are accumulated over as many passes as that takes.
+    Default: all it has in one."""
+    recompute: bool = False
+    """Activation checkpointing: only what enters a block is kept, and the block's forward runs again in backward."""
+    dense: Literal["replicated", "sharded"] = "replicated"
+    """Parameters that are not experts: all of them on every worker, or sharded by FSDP2."""
     balance_loss: float | None = Field(default=None, ge=0)
     """Weight of the load-balance loss; default: the model configuration's `router_aux_loss_coef`."""
+    z_loss: float | None = Field(default=None, ge=0)
+    """Weight of the routers' z-loss; default: the model configuration's `router_z_loss_coef`."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
     seed: int = 0
     output: Path = Path("runs/train")
     """Where the checkpoint, the routing trace and the report go."""

@@ -1,43 +1,56 @@
 """Read a Hugging Face checkpoint expert by expert: the dense part into a model, each expert when it is wanted."""
 
-import json
-import threading
+import logging
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from raymoe.models.config_file import build_on_meta, one_line, read_config
 from raymoe.models.layers import MoELayer, expert_parameter_names, moe_layers
 from raymoe.models.names import CheckpointNames
+from raymoe.models.weight_files import WeightFiles, quantization_of
+
+_log = logging.getLogger(__name__)
+
+_BLOCK_NUMBER = re.compile(r"\blayers\.(\d+)\.")
 
 
 class _Source(NamedTuple):
-    file: Path
-    key: str
+    name: str
     part: int
     parts: int
+
+
+_Sources = dict[tuple[str, int | None], list[_Source]]
+"""By (`...experts.gate_up_proj`, expert), the expert being None where one tensor holds them all."""
 
 
 class ExpertFiles:
     """The experts of a checkpoint, one at a time, in the flat form of `ExpertLayout`. Safe to use from several threads."""
 
     def __init__(
-        self, layers: list[MoELayer], dtype: torch.dtype, sources: dict[tuple[str, int | None], list[_Source]]
+        self, layers: list[MoELayer], dtype: torch.dtype, files: WeightFiles, sources: _Sources, left_out: list[str]
     ):
         self.layers = layers
         self.dtype = dtype
         self.expert_bytes = max(layer.layout.numel for layer in layers) * dtype.itemsize
         """Of the largest expert, in `dtype`."""
+        self.left_out = tuple(left_out)
+        """Tensors in the files that the model does not take: multi-token-prediction layers, buffers that it computes."""
+        self.stored_dtypes = files.dtypes
+        """Of the tensors in the files, by their names there; without those that were quantised."""
+        self.is_fused = any(expert is None for _, expert in sources)
+        """A layer's experts are one tensor in the files, not one or more tensors each."""
+        self._files = files
         self._sources = sources
-        self._handles: dict[Path, object] = {}
-        self._lock = threading.Lock()
         for layer in layers:
             for field in layer.layout.fields:
-                self._check_complete(layer, f"{layer.name}.{field.name}")
+                self._check(layer, f"{layer.name}.{field.name}", field.shape)
 
     @property
     def total_bytes(self) -> int:
@@ -45,7 +58,7 @@ class ExpertFiles:
         return sum(layer.num_experts * layer.layout.numel for layer in self.layers) * self.dtype.itemsize
 
     def read(self, layer: int, expert: int, out: Tensor) -> int:
-        """Fills `out` [numel], contiguous, with one expert, cast to its dtype.
+        """Fills `out` [numel], contiguous, with one expert, cast to its dtype; quantised ones are dequantised.
 
         Returns:
             Bytes read from the file.
@@ -55,27 +68,19 @@ class ExpertFiles:
         for name, view in this.layout.views(out[None]).items():
             parameter = f"{this.name}.{name}"
             fused = self._sources.get((parameter, None))
-            if fused is not None:
-                tensors = [self._open(fused[0].file).get_slice(fused[0].key)[expert]]
-            else:
-                tensors = [
-                    self._open(source.file).get_tensor(source.key) for source in self._sources[parameter, expert]
-                ]
             start = 0
-            for tensor in tensors:
+            for source in fused or self._sources[parameter, expert]:
+                tensor, read_bytes = self._files.read(source.name, expert if fused else None)
                 stop = start + tensor.shape[0]
                 view[0, start:stop].copy_(tensor)
-                start, moved_bytes = stop, moved_bytes + tensor.nbytes
+                start, moved_bytes = stop, moved_bytes + read_bytes
         return moved_bytes
 
-    def _open(self, file: Path):
-        with self._lock:
-            if file not in self._handles:
-                self._handles[file] = safe_open(file, framework="pt")
-            return self._handles[file]
-
-    def _check_complete(self, layer: MoELayer, parameter: str) -> None:
-        if (parameter, None) in self._sources:
+    def _check(self, layer: MoELayer, parameter: str, shape: tuple[int, ...]) -> None:
+        """Every expert is there, whole, and of the shape that the configuration says."""
+        fused = self._sources.get((parameter, None))
+        if fused is not None:
+            self._check_shape(fused[0], (layer.num_experts, *shape))
             return
         found = {expert: self._sources.get((parameter, expert), []) for expert in range(layer.num_experts)}
         missing = [expert for expert, parts in found.items() if not parts or len(parts) < parts[0].parts]
@@ -84,66 +89,145 @@ class ExpertFiles:
                 f"checkpoint lacks '{parameter}' for expert {missing[0]} ({len(missing)} of {layer.num_experts} missing): "
                 "neither a fused tensor nor all those of that expert are in its files"
             )
+        for parts in found.values():
+            for source in parts:
+                self._check_shape(source, (shape[0] // source.parts, *shape[1:]))
+
+    def _check_shape(self, source: _Source, wanted: tuple[int, ...]) -> None:
+        _check_shape(self._files, source.name, wanted)
 
 
 def load_without_experts(
-    path: Path | str, dtype: torch.dtype, device: torch.device | str = "cpu"
+    path: Path | str, dtype: torch.dtype | None, device: torch.device | str = "cpu"
 ) -> tuple[PreTrainedModel, ExpertFiles]:
     """Opens a checkpoint with its dense weights in memory and its experts left in the files.
 
+    FP8 weights in blocks (DeepSeek-V3 and others) and MXFP4 experts (gpt-oss) are dequantised as they are read.
+    Multi-token-prediction layers are left out, with a note in the log; `ExpertFiles.left_out` names their tensors, and
+    `CheckpointWriter` writes a configuration without them.
+
     Args:
         path: a Hugging Face directory with `config.json` and safetensors files.
-        dtype: of the model and of the experts as they are read.
+        dtype: of the model and of the experts as they are read; None: what config.json says, or else the files' own.
         device: where the dense weights go.
 
     Returns:
         (model in eval mode, whose expert parameters are on the meta device, its experts).
 
     Raises:
-        ValueError: no safetensors there, a tensor is missing, or the family does not follow the experts interface.
+        ValueError: no safetensors there, a file is damaged, a tensor is missing, unknown or of another shape than the
+            configuration says, a quantisation that raymoe does not read, or the family has no experts that raymoe can reach.
     """
     path = Path(path)
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="raymoe")
+    config = read_config(path / "config.json")
+    quantization = quantization_of(config)
+    if quantization is not None:
+        del config.quantization_config
+    files = WeightFiles(path, quantization)
+    chosen = dtype or config.dtype or next(iter(files.dtypes.values()), torch.float32)
+    assert isinstance(chosen, torch.dtype)
+    model = build_on_meta(config, chosen, experts_implementation="raymoe")
     layers = moe_layers(model)
-    expert_parameters = expert_parameter_names(layers)
-    names = CheckpointNames(model)
-    wanted = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    dense: dict[str, Tensor] = {}
-    sources: dict[tuple[str, int | None], list[_Source]] = defaultdict(list)
-    for file in _weight_files(path):
-        with safe_open(file, framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118 (not a dict)
-                target = names.target(key)
-                if target.parameter in expert_parameters:
-                    sources[target.parameter, target.expert].append(_Source(file, key, target.part, target.parts))
-                elif target.parameter in wanted:
-                    dense[target.parameter] = handle.get_tensor(key).to(device, wanted[target.parameter].dtype)
-    for found in sources.values():
-        found.sort(key=lambda source: source.part)
-    model.load_state_dict(dense, strict=False, assign=True)
+    sources, left_out, dense = _sort(model, layers, files, path)
+    experts = ExpertFiles(layers, chosen, files, sources, left_out)
+    kept_fp32 = set(model._keep_in_fp32_modules_strict or ())
+    state = {}
+    for parameter, (name, wanted) in dense.items():
+        is_fp32 = wanted.is_floating_point() and not kept_fp32.isdisjoint(parameter.split("."))
+        state[parameter] = files.read(name)[0].to(device, torch.float32 if is_fp32 else wanted.dtype)
+    _check_ties(model, state, path)
+    model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     _rebuild_buffers(model, device)
+    expert_parameters = expert_parameter_names(layers)
     missing = [n for n, p in model.named_parameters() if p.is_meta and n not in expert_parameters]
+    missing += [n for n in sorted(model.state_dict().keys() & dict(model.named_buffers()).keys()) if n not in state]
     if missing:
         raise ValueError(f"{path}: {len(missing)} tensors are missing from its files, the first is '{missing[0]}'")
     if (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    return model.eval(), ExpertFiles(layers, dtype, dict(sources))
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+        except Exception as error:
+            raise ValueError(
+                f"{path / 'generation_config.json'}: transformers cannot read it: {one_line(error)}"
+            ) from None
+    return model.eval(), experts
 
 
-def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [path / name for name in names]
-    else:
-        files = [path / "model.safetensors"]
-    absent = [file.name for file in files if not file.is_file()]
-    if absent:
-        raise ValueError(f"{path}: no {absent[0]} there; raymoe reads safetensors checkpoints only")
-    return files
+def _sort(
+    model: PreTrainedModel, layers: list[MoELayer], files: WeightFiles, path: Path
+) -> tuple[_Sources, list[str], dict[str, tuple[str, Tensor]]]:
+    """Where each tensor of the files goes: (the experts' sources, those left out, {dense parameter: (name, meta tensor)})."""
+    names = CheckpointNames(model)
+    num_experts = {f"{layer.name}.{field.name}": layer.num_experts for layer in layers for field in layer.layout.fields}
+    wanted = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    sources: _Sources = defaultdict(list)
+    dense: dict[str, tuple[str, Tensor]] = {}
+    unknown, left_out = [], []
+    for name, shape in files.shapes.items():
+        if _is_left_out(name, model):
+            left_out.append(name)
+            continue
+        target = names.target(name)
+        if target.parameter in num_experts:
+            if target.expert is not None and target.expert >= num_experts[target.parameter]:
+                raise ValueError(
+                    f"{path}: '{name}' in {files.file_of(name)} is expert {target.expert}, but by config.json a layer has "
+                    f"{num_experts[target.parameter]} experts; the two do not belong together"
+                )
+            sources[target.parameter, target.expert].append(_Source(name, target.part, target.parts))
+        elif target.parameter in wanted:
+            _check_shape(files, name, tuple(wanted[target.parameter].shape))
+            dense[target.parameter] = (name, wanted[target.parameter])
+        else:
+            unknown.append(f"'{name}' {list(shape)} in {files.file_of(name)}")
+    if unknown:
+        raise ValueError(
+            f"{path}: {len(unknown)} tensors have no place in the model that config.json describes "
+            f"({type(model).__name__}), the first is {unknown[0]}. Correct config.json (its numbers of layers and experts, "
+            "its model_type) or take them out of the files; raymoe does not drop them silently."
+        )
+    for found in sources.values():
+        found.sort(key=lambda source: source.part)
+    if left_out:
+        _log.warning(
+            "%s: %d tensors are left out, for the model computes without them: '%s'%s", path, len(left_out), left_out[0],
+            " and more" if len(left_out) > 1 else "",
+        )  # fmt: skip
+    return dict(sources), left_out, dense
+
+
+def _is_left_out(name: str, model: PreTrainedModel) -> bool:
+    """A multi-token-prediction layer, a rotary table of old files, or what the family's own class says it ignores."""
+    if name.endswith("rotary_emb.inv_freq") or _is_prediction_layer(name, model.config.get_text_config()):
+        return True
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
+
+
+def _is_prediction_layer(name: str, text: PretrainedConfig) -> bool:
+    """Source: DeepSeek-V3 releases number their multi-token-prediction layers after the last block."""
+    number = _BLOCK_NUMBER.search(name)
+    num_blocks = text.num_hidden_layers
+    extra = getattr(text, "num_nextn_predict_layers", None) or 0
+    return number is not None and num_blocks <= int(number[1]) < num_blocks + extra
+
+
+def _check_shape(files: WeightFiles, name: str, wanted: tuple[int, ...]) -> None:
+    found = files.shapes[name]
+    if found != wanted:
+        raise ValueError(
+            f"tensor '{name}' in {files.file_of(name)} has shape {list(found)}, but by config.json it is {list(wanted)}"
+        )
+
+
+def _check_ties(model: PreTrainedModel, state: dict[str, Tensor], path: Path) -> None:
+    """A file may hold a tied weight under both names, but only once in value: the model would drop the other."""
+    for second, first in model.all_tied_weights_keys.items():
+        if second in state and first in state and not torch.equal(state[second], state[first]):
+            raise ValueError(
+                f"{path}: config.json ties '{second}' to '{first}', but the files hold two different tensors; set "
+                "tie_word_embeddings: false in config.json, or take one of them out"
+            )
 
 
 def _rebuild_buffers(model: PreTrainedModel, device: torch.device | str) -> None:

@@ -2,7 +2,8 @@
 
 Importing this module registers "raymoe" with transformers' experts interface. Without a runtime it computes
 `raymoe.kernels.moe_mlp` on the module's own parameters; `attach_runtime` puts training's sparse placement or serving's expert
-cache in that place, for every MoE layer of one model.
+cache in that place, for every MoE layer of one model. switch_transformers has no such interface: without a runtime it computes
+as transformers does.
 """
 
 from collections.abc import Callable
@@ -12,10 +13,13 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from raymoe.kernels import moe_mlp
+from raymoe.models import switch
 from raymoe.models.layers import MoELayer, moe_layers, select_weights, spec_of
 
 ExpertsRuntime = Callable[[MoELayer, Tensor, Tensor, Tensor], Tensor]
-"""(layer, hidden [T, H], expert_index [T, K] int64, expert_weight [T, K]) -> [T, H] in hidden's dtype."""
+"""(layer, hidden [T, H], expert_index [T, K] int64, expert_weight [T, K]) -> [T, H] in hidden's dtype.
+
+An index of `layer.num_experts` is no expert: a token that the router dropped."""
 
 _IMPLEMENTATION = "raymoe"
 
@@ -27,15 +31,20 @@ def attach_runtime(model: PreTrainedModel, runtime: ExpertsRuntime) -> list[MoEL
         ValueError: the model's family does not follow the experts interface.
     """
     layers = moe_layers(model)
-    model.set_experts_implementation(_IMPLEMENTATION)
+    if not switch.is_switch_experts(layers[0].experts):
+        model.set_experts_implementation(_IMPLEMENTATION)
     for layer in layers:
+        if switch.is_switch_experts(layer.experts):
+            switch.route_to_runtime(layer.experts, layer, runtime)
         layer.experts.__dict__ |= {"_raymoe_layer": layer, "_raymoe_runtime": runtime}
     return layers
 
 
 def detach_runtime(model: PreTrainedModel) -> None:
-    """Undoes `attach_runtime`: "raymoe" computes on the modules' own parameters again."""
+    """Undoes `attach_runtime`: the modules compute on their own parameters again."""
     for layer in moe_layers(model):
+        if switch.is_switch_experts(layer.experts):
+            switch.unroute(layer.experts)
         for attribute in ("_raymoe_runtime", "_raymoe_layer"):
             layer.experts.__dict__.pop(attribute, None)
 

@@ -1,4 +1,4 @@
-"""Find the MoE layers of any transformers model that follows the experts interface.
+"""Find the MoE layers of any transformers model that follows the experts interface, and of switch_transformers.
 
 E experts, K choices per token, S routed rows, H hidden size, I expert width.
 """
@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 
 from raymoe.kernels import ExpertSpec
+from raymoe.models import switch
 from raymoe.models.layout import ExpertLayout
 
 _INTERFACE_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -40,7 +41,7 @@ class MoELayer:
     name: str
     """Path of the experts module, e.g. `model.layers.3.mlp.experts`."""
     decoder_layer: int
-    """Number of the transformer block."""
+    """Number of the transformer block; an encoder-decoder's decoder counts on from its encoder."""
     num_experts: int
     top_k: int
     layout: ExpertLayout
@@ -58,21 +59,28 @@ def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
         ValueError: the model has no layer that follows transformers' experts interface; names the family.
     """
     found: list[MoELayer] = []
+    blocks: dict[str, int] = {}
     for name, module in model.named_modules():
-        if not all(hasattr(module, flag) for flag in _INTERFACE_FLAGS):
+        stack, _, number = name.rpartition(".")
+        if number.isdigit() and _is_block(name):
+            blocks[name] = len(blocks)
+        is_switch = switch.is_switch_experts(module)
+        if not is_switch and not all(hasattr(module, flag) for flag in _INTERFACE_FLAGS):
             continue
-        mlp = model.get_submodule(name.rpartition(".")[0])
+        mlp = model.get_submodule(stack)
         router = _router_of(mlp, name)
         block_path = _block_path(name)
         found.append(
             MoELayer(
                 index=len(found),
                 name=name,
-                decoder_layer=int(block_path.rpartition(".")[2]),
-                num_experts=next(iter(module.parameters(recurse=False))).shape[0],
-                top_k=_top_k(mlp, router, model),
-                layout=ExpertLayout.of(module),
-                spec=spec_of(module),
+                decoder_layer=blocks[block_path] if is_switch else int(block_path.rpartition(".")[2]),
+                num_experts=len(list(module.children()))
+                if is_switch
+                else next(iter(module.parameters(recurse=False))).shape[0],
+                top_k=1 if is_switch else _top_k(mlp, router, model),
+                layout=switch.layout_of(module) if is_switch else ExpertLayout.of(module),
+                spec=switch.spec_of(module, _ACTIVATIONS) if is_switch else spec_of(module),
                 experts=module,
                 router=router,
                 block=model.get_submodule(block_path),
@@ -83,7 +91,7 @@ def moe_layers(model: PreTrainedModel) -> list[MoELayer]:
         raise ValueError(
             f"model family '{family}' ({type(model).__name__}) has no MoE layer behind transformers' experts interface, "
             "so raymoe cannot reach its experts. Families that follow it include mixtral, olmoe, qwen2_moe, qwen3_moe, "
-            "phimoe, deepseek_v2, deepseek_v3 and gpt_oss."
+            "phimoe, deepseek_v2, deepseek_v3 and gpt_oss; switch_transformers is known besides."
         )
     return found
 
@@ -116,7 +124,18 @@ def _clamped_gate(experts: Any, spec: ExpertSpec) -> ExpertSpec | None:
 
 def expert_parameter_names(layers: list[MoELayer]) -> set[str]:
     """Names in the model of all parameters that belong to experts."""
-    return {f"{layer.name}.{field.name}" for layer in layers for field in layer.layout.fields}
+    return {
+        f"{layer.name}.{name}"
+        for layer in layers
+        for name, _ in layer.experts.named_parameters(recurse=switch.is_switch_experts(layer.experts))
+    }
+
+
+def expert_parameters(layer: MoELayer) -> dict[str, Tensor]:
+    """The experts' parameters [E, *shape] by the names of `layer.layout`; a copy where the family keeps experts apart."""
+    if switch.is_switch_experts(layer.experts):
+        return {name: torch.stack([p.data for p in each]) for name, each in switch.parameters_of(layer.experts).items()}
+    return dict(layer.experts.named_parameters(recurse=False))
 
 
 def weights_of(layer: MoELayer, views: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
@@ -138,6 +157,11 @@ def _block_path(name: str) -> str:
     match = re.match(r".*?\.\d+(?=\.)", name)
     assert match is not None, f"{name} lies in no numbered block"
     return match[0]
+
+
+def _is_block(name: str) -> bool:
+    """Whether `name` is the path of a transformer block: the first number in it is its last part."""
+    return not any(part.isdigit() for part in name.split(".")[:-1])
 
 
 def _router_of(mlp: nn.Module, name: str) -> nn.Module:

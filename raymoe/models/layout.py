@@ -38,9 +38,14 @@ class ExpertLayout:
     @classmethod
     def of(cls, experts: nn.Module) -> "ExpertLayout":
         """Layout of a transformers experts module: every parameter whose first dimension counts the experts."""
+        return cls.of_shapes({name: tuple(p.shape[1:]) for name, p in experts.named_parameters(recurse=False)})
+
+    @classmethod
+    def of_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> "ExpertLayout":
+        """Layout of an expert whose parameters have these names and shapes."""
         fields, offset = [], 0
-        for name, parameter in experts.named_parameters(recurse=False):
-            field = ExpertField(name, tuple(parameter.shape[1:]), offset)
+        for name, shape in shapes.items():
+            field = ExpertField(name, shape, offset)
             fields.append(field)
             offset += -(-field.numel // _ALIGN) * _ALIGN
         return cls(tuple(fields), offset)

@@ -1,12 +1,15 @@
 """Which tensor in a checkpoint's files belongs to which parameter: read off transformers' own conversion table.
 
-Files hold experts one by one (`experts.7.w1.weight`) or already fused (`experts.gate_up_proj`); memory holds them fused.
+Files hold experts one by one (`experts.7.w1.weight`) or already fused (`experts.gate_up_proj`); memory holds them fused, but
+for switch_transformers, where `experts.up_proj` and `experts.down_proj` are our names for all `wi` and `wo` of a layer.
 Everything here that touches transformers' private conversion API is in this file.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -18,7 +21,9 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-__all__ = ["CheckpointNames", "Target", "revert_weight_conversion"]
+from raymoe.models import switch
+
+__all__ = ["CheckpointNames", "Target", "original_experts", "original_tensors"]
 
 _EXPERT_NUMBER = re.compile(r"\.experts\.(\d+)\.")
 
@@ -57,6 +62,8 @@ class CheckpointNames:
         Raises:
             ValueError: the family converts that tensor in a way that cannot be read expert by expert.
         """
+        if (unfused := switch.parameter_of(key)) is not None:
+            return Target(*unfused, 0, 1)
         parameter, pattern = rename_source_key(key, self._renamings, self._converters)
         number = _EXPERT_NUMBER.search(key)
         if pattern is None:
@@ -68,6 +75,40 @@ class CheckpointNames:
                 "Write the checkpoint again with save_pretrained(..., save_original_format=False) and use that."
             )
         return Target(parameter, int(number[1]), part, len(converter.source_patterns))
+
+
+def original_tensors(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`parameters`, named as in the model, under the family's original names and in its original pieces.
+
+    Experts are whole layers: [E, *shape] each.
+    """
+    return revert_weight_conversion(model, dict(parameters))
+
+
+def original_experts(
+    model: PreTrainedModel, parameters: Mapping[str, Tensor], experts: Sequence[int]
+) -> dict[str, Tensor] | None:
+    """The tensors that hold some experts in the family's original files, one expert in a tensor.
+
+    Args:
+        parameters: {name in the model: [len(experts), *shape]} of one layer.
+
+    Returns:
+        None for a family whose original files hold a layer's experts fused.
+    """
+    if all(switch.is_parameter(name) for name in parameters):
+        return {
+            switch.stored_name(name, expert): rows[position]
+            for name, rows in parameters.items()
+            for position, expert in enumerate(experts)
+        }
+    tensors = {}
+    for name, tensor in revert_weight_conversion(model, dict(parameters)).items():
+        position = _EXPERT_NUMBER.search(name)
+        if position is None:
+            return None
+        tensors[f"{name[: position.start(1)]}{experts[int(position[1])]}{name[position.end(1) :]}"] = tensor
+    return tensors
 
 
 def _stacks_experts(converter: WeightConverter) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from raymoe.models import switch
 from raymoe.models.layers import moe_layers
 
 
@@ -70,6 +71,8 @@ class RoutingRecorder:
 def _keep_in(taken: list[Tensor]):
     def keep(experts: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         _, expert_index, *_ = arguments
+        if switch.is_switch_experts(experts):
+            expert_index = switch.chosen_experts(expert_index)
         taken.append(expert_index.detach().flatten(0, -2))
 
     return keep

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from raymoe.models.config_file import build_on_meta, read_config
 from raymoe.models.layers import moe_layers
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -69,7 +69,7 @@ def model_size(path: Path | str) -> ModelSize:
     """The size of the model in a Hugging Face directory, or of one `config.json` alone.
 
     Raises:
-        ValueError: no configuration there, a family that transformers does not know as a causal language model, or one
+        ValueError: no configuration there, a family that transformers does not know as a language model, or one
             without MoE layers that raymoe can reach.
     """
     path = Path(path)
@@ -77,16 +77,13 @@ def model_size(path: Path | str) -> ModelSize:
     if not file.is_file():
         raise ValueError(f"{path}: no {'config.json in it' if path.is_dir() else 'such file'}; give a Hugging Face model "
                          "directory or its config.json")  # fmt: skip
-    config = _read_config(file)
+    config = read_config(file)
     dtype = config.dtype or getattr(torch, _dtype_of_files(file.parent) or "float32")
+    assert isinstance(dtype, torch.dtype)
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except Exception as error:
-        raise ValueError(
-            f"{file}: transformers cannot build a causal language model of family '{config.model_type}' from it: "
-            f"{' '.join(str(error).split())[:300]}"
-        ) from None
+        model = build_on_meta(config, dtype)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     layers = moe_layers(model)
     first = layers[0]
     expert_numel = [sum(field.numel for field in layer.layout.fields) for layer in layers]
@@ -104,7 +101,7 @@ def model_size(path: Path | str) -> ModelSize:
         parameter_bytes=dtype.itemsize,
         dense_parameters=dense_parameters,
         expert_parameters=expert_parameters,
-        blocks=text.num_hidden_layers,
+        blocks=text.num_hidden_layers + (text.num_decoder_layers if config.is_encoder_decoder else 0),
         layers=len(layers),
         experts=max(layer.num_experts for layer in layers),
         choices=first.top_k,
@@ -113,7 +110,7 @@ def model_size(path: Path | str) -> ModelSize:
         expert_width=expert_width,
         matrices=3 if first.spec.is_gated else 2,
         vocab_size=text.vocab_size,
-        lookup_parameters=0 if is_tied else table.weight.numel(),
+        lookup_parameters=0 if is_tied else table.get_parameter("weight").numel(),
         attention_width=text.num_attention_heads * _head_size(text),
         has_latent_attention=_is_latent(text),
         kv_bytes=_kv_values(text) * dtype.itemsize,
@@ -122,31 +119,20 @@ def model_size(path: Path | str) -> ModelSize:
     )
 
 
-def _read_config(file: Path) -> PretrainedConfig:
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: not readable as JSON: {error}") from None
-    if not isinstance(tree, dict) or "model_type" not in tree:
-        raise ValueError(f"{file}: no 'model_type' in it; give the config.json of a Hugging Face model")
-    try:
-        return AutoConfig.from_pretrained(file, local_files_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{file}: transformers does not take it as a configuration of family '{tree['model_type']}': "
-            f"{' '.join(str(error).split())[:300]}"
-        ) from None
-
-
 def _head_size(text: Any) -> int:
     """Elements of a query's head."""
     if getattr(text, "qk_nope_head_dim", None) is not None:
         return text.qk_nope_head_dim + text.qk_rope_head_dim
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return (
+        getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or text.hidden_size // text.num_attention_heads
+    )
 
 
 def _kv_values(text: Any) -> int:
     """Elements that one token leaves in the KV cache of all layers."""
+    if text.is_encoder_decoder:
+        # the keys and values of the encoder's tokens are kept as well, by every block of the decoder
+        return text.num_decoder_layers * 2 * text.num_attention_heads * _head_size(text)
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
     caching = sum(kind not in _STATEFUL_LAYERS for kind in kinds)
     if _is_latent(text):

@@ -5,12 +5,12 @@ Only numpy: no torch, no Ray. Everything is a pure function, so that all ranks p
 
 from raymoe.placement.cluster import ClusterSpec
 from raymoe.placement.cost import LayerCost, layer_cost
-from raymoe.placement.dispatch import DispatchTable, assign, dispatch_counts
+from raymoe.placement.dispatch import GLOBAL_DISPATCH, DispatchTable, assign, dispatch_counts
 from raymoe.placement.loads import LOAD_SCALE, forecast_error, predict
 from raymoe.placement.materialise import materialise, overlap_degree
 from raymoe.placement.memory import expert_memory
-from raymoe.placement.plan import Base, LayerPlan, Plan
-from raymoe.placement.policies import policy, policy_names
+from raymoe.placement.plan import Base, Dispatch, LayerPlan, Plan, owned
+from raymoe.placement.policies import policy, policy_names, trainable_names
 from raymoe.placement.policy import Policy
 from raymoe.placement.sharding import check_owners, even_owners, heterogeneous_owners
 from raymoe.placement.simulate import Simulation, simulate
@@ -19,9 +19,11 @@ from raymoe.placement.trace import LoadTrace
 from raymoe.placement.workload import Workload
 
 __all__ = [
+    "GLOBAL_DISPATCH",
     "LOAD_SCALE",
     "Base",
     "ClusterSpec",
+    "Dispatch",
     "DispatchTable",
     "LayerCost",
     "LayerPlan",
@@ -41,8 +43,10 @@ __all__ = [
     "layer_cost",
     "materialise",
     "overlap_degree",
+    "owned",
     "policy",
     "policy_names",
     "predict",
     "simulate",
+    "trainable_names",
 ]

@@ -8,6 +8,8 @@ Where an expert has several copies, the plan's word says how its rows are shared
 - ``even``: all copies share, wherever they are.
 - ``capacity``: every copy takes the same share of all ranks' rows, and each rank keeps its own first. Needs every rank's
   counts. Source: Lazarus (arXiv 2407.04656), Algorithm 1; rounding, and matching within nodes first, are ours.
+- ``level``: the copies' shares even out what ranks compute in all, experts without copies included; each rank keeps its
+  own rows first, as above. Our own: ``capacity`` evens out copies, so what a rank computes besides stays on top.
 
 A share is whole rows: they differ by one at the most. Ranks and experts start at different copies, else every rank would
 send its odd row to the same one.
@@ -20,9 +22,12 @@ import numpy as np
 from raymoe.placement.cluster import ClusterSpec
 from raymoe.placement.plan import Dispatch, LayerPlan
 
+GLOBAL_DISPATCH: frozenset[Dispatch] = frozenset({"capacity", "level"})
+"""The words that need every rank's counts."""
+
 
 class DispatchTable:
-    """How some ranks share their rows of each expert in one layer and step; ``local``, ``node`` and ``even`` only.
+    """How some ranks share their rows of each expert in one layer and step; not for ``GLOBAL_DISPATCH``.
 
     Args:
         ranks: the sending ranks, [R].
@@ -37,8 +42,8 @@ class DispatchTable:
             raise ValueError(
                 f"ranks {ranks} of a cluster of {num_devices} cannot dispatch by a plan for {layer_plan.num_devices}"
             )
-        if dispatch == "capacity":
-            raise ValueError("dispatch 'capacity' needs the counts of all ranks: use dispatch_counts")
+        if dispatch in GLOBAL_DISPATCH:
+            raise ValueError(f"dispatch {dispatch!r} needs the counts of all ranks: use dispatch_counts")
         rank_R = np.asarray(ranks, dtype=np.int64)
         holds_ED = layer_plan.copies.astype(bool)
         shares_RED = np.broadcast_to(holds_ED, (len(ranks), *holds_ED.shape))
@@ -80,8 +85,9 @@ def dispatch_counts(
             f"rows are {list(rows_DE.shape)}, the plan is for {layer_plan.num_devices} ranks x "
             f"{layer_plan.num_experts} experts"
         )
-    if dispatch == "capacity":
-        return _by_capacity(rows_DE, layer_plan, cluster)
+    if dispatch in GLOBAL_DISPATCH:
+        room_DE = (_even_room if dispatch == "capacity" else _level_room)(rows_DE.sum(axis=0), layer_plan.copies)
+        return _matched(rows_DE, room_DE, cluster)
     return DispatchTable(layer_plan, list(range(cluster.num_devices)), cluster, dispatch).counts(rows_DE)
 
 
@@ -121,12 +127,57 @@ def assign(expert_index: np.ndarray, counts_ED: np.ndarray) -> np.ndarray:
     return rank_S
 
 
-def _by_capacity(rows_DE: np.ndarray, layer_plan: LayerPlan, cluster: ClusterSpec) -> np.ndarray:
-    holds_DE = layer_plan.copies.T.astype(np.int64)
+def _even_room(rows_E: np.ndarray, copies_ED: np.ndarray) -> np.ndarray:
+    """Rows that each copy takes if an expert's copies take equally many: int64 [D, E]."""
+    holds_DE = copies_ED.T.astype(np.int64)
     num_E = holds_DE.sum(axis=0)
-    each_E, odd_E = np.divmod(rows_DE.sum(axis=0), num_E)
+    each_E, odd_E = np.divmod(rows_E, num_E)
     turn_DE = (np.cumsum(holds_DE, axis=0) - 1 - np.arange(num_E.size) % num_E) % num_E
-    room_DE = holds_DE * (each_E + (turn_DE < odd_E))
+    return holds_DE * (each_E + (turn_DE < odd_E))
+
+
+def _level_room(rows_E: np.ndarray, copies_ED: np.ndarray) -> np.ndarray:
+    """Rows that each copy takes if ranks are to compute equally many in all: int64 [D, E].
+
+    Experts with few copies are shared first, those that are everywhere together at the end, when they fill what is left.
+    """
+    num_devices = copies_ED.shape[1]
+    num_E = copies_ED.sum(axis=1, dtype=np.int64)
+    room_DE = np.zeros((num_devices, rows_E.size), dtype=np.int64)
+    single = np.flatnonzero(num_E == 1)
+    room_DE[copies_ED[single].argmax(axis=1), single] = rows_E[single]
+    load_D = room_DE.sum(axis=1)
+    partial = np.flatnonzero((num_E > 1) & (num_E < num_devices))
+    for expert in partial[np.lexsort((-rows_E[partial], num_E[partial]))].tolist():
+        holders = np.flatnonzero(copies_ED[expert])
+        room_DE[holders, expert] = _poured(load_D[holders], int(rows_E[expert]))
+        load_D[holders] += room_DE[holders, expert]
+    everywhere = np.flatnonzero(num_E == num_devices) if num_devices > 1 else np.empty(0, dtype=np.int64)
+    amount = int(rows_E[everywhere].sum())
+    if amount:
+        # every expert in proportion, cut at whole rows: sums over ranks are exact
+        end_D = np.cumsum(_poured(load_D, amount))
+        cut_DE = np.concatenate([np.zeros((1, everywhere.size), dtype=np.int64),
+                                 end_D[:, None] * rows_E[everywhere] // amount])  # fmt: skip
+        room_DE[:, everywhere] = np.diff(cut_DE, axis=0)
+    return room_DE
+
+
+def _poured(load_D: np.ndarray, amount: int) -> np.ndarray:
+    """What each gets of ``amount`` if it is poured on top of uneven loads like water: int64 [D], in whole rows."""
+    order = np.argsort(load_D, kind="stable")
+    load = load_D[order]
+    # the first k take part if the amount lifts them to the level of the k-th
+    wanted = load * np.arange(1, load.size + 1) - np.cumsum(load)
+    taking = int(np.searchsorted(wanted, amount, side="right"))
+    level, odd = divmod(amount + int(load[:taking].sum()), taking)
+    poured = np.zeros_like(load_D)
+    poured[order[:taking]] = level - load[:taking] + (np.arange(taking) < odd)
+    return poured
+
+
+def _matched(rows_DE: np.ndarray, room_DE: np.ndarray, cluster: ClusterSpec) -> np.ndarray:
+    """Who sends what to fill the room: own rows stay as far as they fit, the rest finds its place on the node first."""
     kept_DE = np.minimum(rows_DE, room_DE)
     counts = np.zeros((*rows_DE.shape, rows_DE.shape[0]), dtype=np.int64)
     ranks = np.arange(rows_DE.shape[0])

@@ -41,6 +41,10 @@ class FssdpPaper(PolicyDefaults):
     )
     interval: int | None = RESHARD_INTERVAL
 
+    def needs_costs(self, overlap_degree: int | None) -> bool:
+        """To find t."""
+        return overlap_degree is None
+
     def prepare(self, history: np.ndarray, state: PlacementState) -> Plan:
         """Copies by Algorithm 1, layer by layer. No history, t = 0, m = 0 or one rank: no copies and no communication."""
         loads = expected_loads(history, state)
@@ -77,6 +81,10 @@ class Fssdp(PolicyDefaults):
     source = "Hecate (arXiv 2502.02581) with a cost-benefit overlap degree of our own"
     interval: int | None = RESHARD_INTERVAL
     calibrates = True
+
+    def needs_costs(self, overlap_degree: int | None) -> bool:
+        """Always: it weighs them."""
+        return True
 
     def prepare(self, history: np.ndarray, state: PlacementState) -> Plan:
         """As many of each layer's hottest experts everywhere as make its modelled time least, if there is memory for

@@ -12,7 +12,7 @@ from raymoe.placement.sharding import check_owners
 from raymoe.placement.workload import Workload
 
 Layout = Literal["whole", "sliced"]
-Dispatch = Literal["local", "node", "even", "capacity"]
+Dispatch = Literal["local", "node", "even", "capacity", "level"]
 Timing = Literal["hidden", "overlapped", "blocking"]
 
 

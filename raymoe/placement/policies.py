@@ -15,6 +15,11 @@ def policy_names() -> tuple[str, ...]:
     return tuple(_POLICIES)
 
 
+def trainable_names() -> tuple[str, ...]:
+    """Those that a training run can follow: they keep experts whole, and plan from the past alone."""
+    return tuple(name for name, each in _POLICIES.items() if each.keeps_whole and not each.knows_loads)
+
+
 def policy(name: str) -> Policy:
     """The policy of that name.
 

@@ -29,11 +29,21 @@ class Policy(Protocol):
     rematerialise: bool
     """Whether copies are freed after forward and gathered again in backward."""
 
+    calibrates: bool
+    """Whether ``calibrate`` may answer anything but the plan: the runtime asks for every rank's rows only then."""
+
     interval: int | None
     """Steps between calls of ``reshard``; None: never."""
 
     knows_loads: bool
     """Whether it is told the step's loads before the step: a bound, not a policy one can run."""
+
+    keeps_whole: bool
+    """Whether an expert lives whole wherever it lives; where experts are sliced over ranks it can only be simulated."""
+
+    def needs_costs(self, overlap_degree: int | None) -> bool:
+        """Whether its plans depend on the times in cluster and workload, so that they must be known first."""
+        ...
 
     def start(self, base: Base, state: PlacementState) -> Base:
         """The base that the policy begins with, given an even split; nothing is charged for coming to it."""
@@ -57,8 +67,14 @@ class PolicyDefaults:
 
     assumed = ""
     rematerialise = False
+    calibrates = False
     interval: int | None = None
     knows_loads = False
+    keeps_whole = True
+
+    def needs_costs(self, overlap_degree: int | None) -> bool:
+        """No: loads alone decide."""
+        return False
 
     def start(self, base: Base, state: PlacementState) -> Base:
         """The even split itself."""

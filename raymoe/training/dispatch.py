@@ -4,6 +4,7 @@ A token that goes to one rank for several experts travels once, and comes back a
 T tokens here, N (token, rank) pairs sent, M pairs received, K choices per token, H hidden size, D ranks.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ class Routes:
 
     token_N: Tensor
     """int64: token of each pair, grouped by rank, tokens ascending within a rank."""
+    is_there_NK: Tensor
+    """bool: which of the token's choices are computed at the pair's rank."""
     position_TF: Tensor
     """int64: the pairs of each token, in the order of the ranks, F = most ranks a token goes to; N where it has fewer."""
     sends: list[int]
@@ -46,7 +49,9 @@ def make_routes(rank_TK: Tensor, world: World) -> Routes:
     turn_TD = goes_TD.cumsum(1) - 1
     token, rank = goes_TD.nonzero(as_tuple=True)
     position_TF[token, turn_TD[token, rank]] = pair_TD[token, rank]
-    return Routes(token_N, position_TF, count_D.tolist(), received_D.tolist())
+    sends = count_D.tolist()
+    to_N = torch.arange(world.size, device=rank_TK.device).repeat_interleave(count_D, output_size=len(token_N))
+    return Routes(token_N, rank_TK[token_N] == to_N[:, None], position_TF, sends, received_D.tolist())
 
 
 def exchange(rows_N: Tensor, sends: list[int], receives: list[int], world: World) -> Tensor:
@@ -78,8 +83,10 @@ class _Exchange(torch.autograd.Function):
         ctx.route = receives, sends, world
         out = rows.new_empty(sum(receives), *rows.shape[1:])
         dist.all_to_all_single(out, rows.contiguous(), receives, sends, group=world.tokens)
-        away = len(rows) - sends[world.rank]
-        world.moved_bytes["all_to_all"] += away * rows[:1].nbytes if len(rows) else 0
+        row_bytes = out.element_size() * math.prod(rows.shape[1:])
+        for rank, num_rows in enumerate(sends):
+            if rank != world.rank:
+                world.sent("all_to_all", rank, num_rows * row_bytes)
         return out
 
     @staticmethod

@@ -30,7 +30,7 @@ class EvalResult:
     nats: float
     """Summed over the predicted tokens, separators included."""
     tokens: int
-    """Predicted tokens: all but the stream's first."""
+    """Predicted tokens that count: all but the stream's first for plain text, the answers' for conversations."""
     bytes: int
     """UTF-8 bytes these tokens stand for; a separator counts none, though its nats count."""
 
@@ -51,9 +51,10 @@ def evaluate(
     """Cost of a held-out stream under a causal LM.
 
     The stream is read in windows of ``sequence_length`` inputs, each starting where the one before ended, so every token but
-    the first is predicted exactly once, the last ones in a shorter window; context does not reach across windows. The first is
-    an eos in a stream from ``pack``, so the bytes are those of the whole text. Losses are taken in float32 and summed
-    in float64. The model is in eval mode meanwhile and is left as it was found.
+    the first is predicted exactly once, the last ones in a shorter window; context does not reach across windows. Where the
+    stream says which tokens are learnt, only these are summed. The first is an eos in a stream from ``pack``, so the bytes
+    are those of the whole text, or of the part that is learnt. Losses are taken in float32 and summed in float64. The model
+    is in eval mode meanwhile and is left as it was found.
 
     Args:
         model: maps ``input_ids`` int64 [b, n] to an output with ``logits`` [b, n, vocabulary], as in transformers.
@@ -64,13 +65,17 @@ def evaluate(
         raise ValueError(f"sequence_length and batch_size must be positive, got {sequence_length} and {batch_size}")
     if len(stream.tokens) < 2:
         raise ValueError(f"a stream of {len(stream.tokens)} token(s) has nothing to predict")
+    counts = _counts(stream)
     nats = torch.zeros((), dtype=torch.float64, device=device)
+    done = 0
     with _eval_mode(model):
         for inputs, targets in _windows(stream, sequence_length, batch_size):
             logits = model(input_ids=inputs.to(device), use_cache=False).logits
             losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.to(device).flatten(), reduction="none")
-            nats += losses.double().sum()
-    return EvalResult(nats.item(), len(stream.tokens) - 1, stream.num_bytes)
+            predicted = counts[done : done + len(losses)]
+            done += len(losses)
+            nats += (losses.double() * torch.from_numpy(predicted).to(device)).sum()
+    return EvalResult(nats.item(), int(counts.sum()), stream.num_bytes)
 
 
 @dataclass(frozen=True)
@@ -86,31 +91,39 @@ class Baselines:
 
 
 def baselines(
-    train: TokenStream, held_out: TokenStream, held_out_documents: Iterable[Document], vocab_size: int
+    train_frequencies_V: np.ndarray, held_out: TokenStream, held_out_documents: Iterable[Document]
 ) -> Baselines:
-    """The figures to print beside a model's bits per byte on ``held_out``, which is packed from ``held_out_documents``."""
+    """The figures to print beside a model's bits per byte on ``held_out``.
+
+    Args:
+        train_frequencies_V: int64 [V], how often each token of the vocabulary occurs in the training text.
+        held_out_documents: the text that ``held_out`` is packed from; of conversations, the part that is learnt.
+    """
     text = "".join(document.text for document in held_out_documents).encode()
     if len(text) != held_out.num_bytes:
         raise ValueError(f"held-out documents have {len(text)} bytes, the stream packed from them {held_out.num_bytes}")
     return Baselines(
-        unigram=unigram_bits_per_byte(train, held_out, vocab_size),
+        unigram=unigram_bits_per_byte(train_frequencies_V, held_out),
         gzip=gzip_bits_per_byte(text),
         xz=xz_bits_per_byte(text),
     )
 
 
-def unigram_bits_per_byte(train: TokenStream, held_out: TokenStream, vocab_size: int) -> float:
-    """Cost of the tokens that ``evaluate`` predicts when each has probability (its count in train + 1) / (all + vocabulary).
+def unigram_bits_per_byte(train_frequencies_V: np.ndarray, held_out: TokenStream) -> float:
+    """Cost of the tokens that ``evaluate`` counts when each has probability (its count in train + 1) / (all + vocabulary).
+
+    Args:
+        train_frequencies_V: int64 [V].
 
     Raises:
-        ValueError: a token is not below ``vocab_size``.
+        ValueError: a token is not below V.
     """
-    largest = int(max(train.tokens.max(), held_out.tokens.max()))
+    vocab_size = len(train_frequencies_V)
+    largest = int(held_out.tokens.max())
     if largest >= vocab_size:
-        raise ValueError(f"token {largest} in the streams, but vocab_size is {vocab_size}")
-    counts = np.bincount(train.tokens, minlength=vocab_size)
-    nats_V = np.log(len(train.tokens) + vocab_size) - np.log(counts + 1)
-    return bits_per_byte(float(nats_V[held_out.tokens[1:]].sum()), held_out.num_bytes)
+        raise ValueError(f"token {largest} in the held-out stream, but the vocabulary has {vocab_size}")
+    nats_V = np.log(train_frequencies_V.sum() + vocab_size) - np.log(train_frequencies_V + 1)
+    return bits_per_byte(float(nats_V[held_out.tokens[1:][_counts(held_out)]].sum()), held_out.num_bytes)
 
 
 def gzip_bits_per_byte(text: bytes) -> float:
@@ -128,6 +141,11 @@ def xz_bits_per_byte(text: bytes) -> float:
 
 def _compressed_share(compressed: bytes, text: bytes) -> float:
     return bits_per_byte(len(compressed) * 8 * math.log(2), len(text))
+
+
+def _counts(stream: TokenStream) -> np.ndarray:
+    """bool [N - 1]: whether each token but the first counts."""
+    return np.ones(len(stream.tokens) - 1, dtype=bool) if stream.counts is None else stream.counts[1:].copy()
 
 
 def _windows(stream: TokenStream, sequence_length: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

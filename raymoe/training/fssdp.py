@@ -1,170 +1,185 @@
 """Fully sharded sparse data parallelism: the experts runtime of a training rank.
 
 Every expert has one owner. Each step the plan says where copies of the hot ones go: they are gathered while the block's
-attention computes, used, and their gradients return to the owner while the backward of earlier layers computes. Tokens go to
-the nearest copy. Source: Hecate (arXiv 2502.02581, sections 3 and 4).
-
-T tokens here, M tokens received, K choices per token, E experts, H hidden size.
+attention computes, used, and their gradients return to the owner while the backward of earlier layers computes. With
+re-materialisation copies are given up after forward and gathered again in backward. Source: Hecate (arXiv 2502.02581,
+sections 3 and 4).
 """
 
-import time
-from dataclasses import dataclass, field
-
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from raymoe.kernels import moe_mlp
+from raymoe.config import OptimizerConfig
 from raymoe.models import MoELayer, attach_runtime
-from raymoe.placement import ClusterSpec, DispatchTable, Plan, assign
-from raymoe.training.dispatch import exchange, gather_sum, make_routes, spread
-from raymoe.training.shard import ExpertShard
-from raymoe.training.sparse import Pending, Transfers, sparse_all_gather, sparse_reduce_scatter
+from raymoe.placement import Base
+from raymoe.training.adamw import AdamWRows, square_sum
+from raymoe.training.expert_layer import ExpertLayer, StepPlan
+from raymoe.training.pool import ExpertPool, Place
+from raymoe.training.stopwatch import Stopwatch
 from raymoe.training.world import World
 
 
-@dataclass
-class _LayerStep:
-    """One layer in the step under way; the last ones are there once its block has started."""
-
-    transfers: Transfers
-    dispatch: DispatchTable
-    starts_next: bool
-    """Whether the next layer's copies start to travel with this layer's experts."""
-    gather: Pending | None = field(init=False, default=None)
-    slots: Tensor = field(init=False)
-    block_started_ns: int = field(init=False)
+def kept_by(base: Base, rank: int) -> list[Place]:
+    """(layer, expert) of all experts that live on a rank."""
+    return [(int(layer), int(expert)) for layer, expert in np.argwhere(base.resident[:, :, rank])]
 
 
 class SparseExperts:
     """Stands behind every experts call of a model whose experts are spread over the ranks of `world`.
 
-    A step is `begin_step(plan)`, the model's forward, the loss's backward, `finish_backward()`; all ranks do the same.
+    A step is `begin_step`, then for each micro-batch `begin_micro`, the model's forward, `begin_backward` and the loss's
+    backward and `finish_backward()`; then `share_gradients()` and `update()`. All ranks do the same.
     """
 
-    def __init__(self, model: PreTrainedModel, owners: list[list[int]], world: World):
-        self.layers = attach_runtime(model, self)
-        self.world = world
-        self.shards = [
-            ExpertShard(
-                layer,
-                [expert for expert, owner in enumerate(owners[layer.index]) if owner == world.rank],
-                model.dtype,
-                world.device,
-            )
-            for layer in self.layers
+    def __init__(self, model: PreTrainedModel, base: Base, world: World, config: OptimizerConfig):
+        self.world, self.base = world, base
+        moe_layers = attach_runtime(model, self)
+        self.pool = ExpertPool(moe_layers, kept_by(base, world.rank), model.dtype, world.device)
+        self.watch = Stopwatch(len(moe_layers), world.device)
+        self.layers = [
+            ExpertLayer(layer, self.pool, world, self.watch, self._before_backward, self._after_backward)
+            for layer in moe_layers
         ]
-        for layer, shard in zip(self.layers, self.shards, strict=True):
-            layer.block.register_forward_pre_hook(lambda *_, index=layer.index: self._start_block(index))
-            shard.on_gradient = self._gradient_ready
-        self._steps: list[_LayerStep] = []
-        self._reductions: list[Pending] = []
-        self._ready: set[int] = set()
-        self.loads = torch.zeros(len(self.layers), self.layers[0].num_experts, dtype=torch.int64, device=world.device)
-        """int64 [L, E]: routed rows of this rank's own tokens in this step."""
-        self.computed_rows = torch.zeros(len(self.layers), dtype=torch.int64, device=world.device)
-        """int64 [L]: routed rows that this rank computed in this step."""
-        self.attention_ns = [0] * len(self.layers)
-        """Time from a block's start to its experts in the last timed step, by layer."""
-        self.experts_ns = [0] * len(self.layers)
-        """Time of the experts' forward computation in it, by layer."""
-        self._is_timed = False
+        for layer in self.layers:
+            layer.layer.block.register_forward_pre_hook(lambda *_, layer=layer: self._start_block(layer))
+        self._config = config
+        self._set_holders: list[ExpertLayer | None] = []
+        self._is_backward = False
 
-    def begin_step(self, plan: Plan, cluster: ClusterSpec, is_timed: bool = False) -> None:
+    def load_optimizer(self) -> None:
+        """Makes the optimizer's state for the experts that the pool holds, once they have been read."""
+        self.optimizer = AdamWRows(self.pool.kept, self._config)
+
+    def begin_step(self, step: StepPlan, is_exact: bool = False) -> None:
         """Takes the step's plan; nothing is sent before the first block starts.
 
         Args:
-            is_timed: measure what the cost model asks for; the device is synchronised for it.
+            is_exact: measure what the cost model asks for; the device is synchronised for it.
         """
-        self._is_timed = is_timed
-        rank = self.world.rank
-        self._steps = [
-            _LayerStep(
-                Transfers.of(layer_plan, rank),
-                DispatchTable(layer_plan, [rank], cluster, plan.dispatch),
-                starts_next=plan.timing == "overlapped",
-            )
-            for layer_plan in map(plan.layer, range(plan.num_layers))
-        ]
-        for shard in self.shards:
-            shard.zero_gradient()
-        self.loads.zero_()
-        self._ready.clear()
-        self._reductions.clear()
+        self.watch.begin_step(is_exact)
+        self._step = step
+        num_sets = min(2, len(self.layers)) if step.policy.rematerialise else len(self.layers)
+        num_copies = min(step.state.extra_slots, self.base.owners.shape[1]) if self.world.size > 1 else 0
+        self.reserve(num_copies, num_sets)
+        self._set_holders = [None] * self.pool.num_sets
+        with self.watch.planning():
+            for layer in self.layers:
+                layer.begin_step(step)
+        self.pool.kept_gradients.zero_()
+
+    def begin_micro(self, is_first: bool, is_last: bool) -> None:
+        """A forward and a backward pass begin."""
+        self._is_first, self._is_last, self._is_backward = is_first, is_last, False
+
+    def begin_backward(self) -> None:
+        """The forward pass is over: experts calls from now on are recomputation."""
+        self._is_backward = True
 
     def __call__(self, layer: MoELayer, hidden: Tensor, expert_index: Tensor, expert_weight: Tensor) -> Tensor:
         """hidden [T, H], expert_index [T, K], expert_weight [T, K] -> [T, H]."""
-        step, shard, world = self._steps[layer.index], self.shards[layer.index], self.world
-        if self._is_timed:
-            self.attention_ns[layer.index] = self._now_ns() - step.block_started_ns
-        self.loads[layer.index] = expert_index.flatten().bincount(minlength=layer.num_experts + 1)[:-1]
-        counts_ED = step.dispatch.counts(self.loads[layer.index].cpu().numpy()[None])[0]
-        rank_TK = torch.from_numpy(assign(expert_index.flatten().cpu().numpy(), counts_ED))
-        rank_TK = rank_TK.to(hidden.device).view_as(expert_index)
-        routes = make_routes(rank_TK, world)
-
-        to_N = torch.arange(world.size, device=hidden.device).repeat_interleave(
-            torch.tensor(routes.sends, device=hidden.device)
-        )
-        index_NK = expert_index[routes.token_N].where(rank_TK[routes.token_N] == to_N[:, None], layer.num_experts)
-        there = routes.sends, routes.receives, world
-        back = routes.receives, routes.sends, world
-        index_MK = exchange(index_NK, *there)
-        hidden_M = exchange(spread(hidden, routes), *there)
-        weight_MK = exchange(spread(expert_weight, routes), *there)
-
-        assert step.gather is not None, "the block's hook started it"
-        step.gather.wait()
-        slot_MK = step.slots[index_MK]
-        self.computed_rows[layer.index] = (slot_MK < len(shard.pool)).sum()
-        if step.starts_next and layer.index + 1 < len(self.layers):
-            self._start_gather(layer.index + 1)
-        gate_up, down, biases = shard.weights()
-        started_ns = self._now_ns()
-        partial_M = moe_mlp(
-            hidden_M,
-            gate_up,
-            down,
-            slot_MK,
-            weight_MK,
-            spec=layer.spec,
-            biases=biases,
-            grad_into=shard.weight_gradients(),
-        )
-        self.experts_ns[layer.index] = self._now_ns() - started_ns
-        return gather_sum(exchange(partial_M, *back), routes)
+        this = self.layers[layer.index]
+        if self._is_backward:
+            return this.again(hidden, expert_index, expert_weight, lambda: self._fetch(this))
+        self.watch.experts_are_reached(layer.index)
+        return this.forward(hidden, expert_index, expert_weight, lambda: self._before_experts(this))
 
     def finish_backward(self) -> None:
-        """Waits until every owner has the whole gradient of its experts, and shows it to the optimizer."""
-        while len(self._reductions) < len(self.layers):
-            self._reduce_next()
-        for reduction in self._reductions:
-            reduction.wait()
-        for shard in self.shards:
-            shard.publish_gradient()
+        """Waits until every owner has what was sent to it in this pass."""
+        for layer in reversed(self.layers):
+            layer.await_reduce()
 
-    def _start_block(self, index: int) -> None:
-        self._steps[index].block_started_ns = self._now_ns()
-        if self._steps[index].gather is None:
-            self._start_gather(index)
+    def share_gradients(self) -> None:
+        """Gives replicas of experts the whole gradient, if any live beside the owners."""
+        if (self.base.resident.sum(axis=2) > 1).any():
+            for layer in reversed(self.layers):
+                layer.share_gradients()
 
-    def _start_gather(self, index: int) -> None:
-        step, shard = self._steps[index], self.shards[index]
-        step.gather = sparse_all_gather(shard, step.transfers, self.world)
-        step.slots = shard.slot_table()
+    def square_sum(self) -> Tensor:
+        """Of the gradients of the experts that this rank owns, float64 scalar: over ranks each expert counts once."""
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for (layer, expert), slot in self.pool.slots.items():
+            if self.base.owners[layer, expert] == self.world.rank:
+                total += square_sum(self.pool.gradients[slot])
+        return total
 
-    def _now_ns(self) -> int:
-        if self._is_timed and self.world.device.type == "cuda":
-            torch.cuda.synchronize(self.world.device)
-        return time.perf_counter_ns()
+    def update(self, number: int, lr: float, scale: Tensor | None) -> None:
+        """One update of the experts that live here; see `AdamWRows.step`."""
+        self.optimizer.step(self.pool.gradients, self.pool.slots.values(), number, lr, scale)
 
-    def _gradient_ready(self, index: int) -> None:
-        # last layer first on every rank, whatever order the gradients come in: both ends of a pair must agree
-        self._ready.add(index)
-        while len(self.layers) - 1 - len(self._reductions) in self._ready:
-            self._reduce_next()
+    def reserve(self, copies_a_layer: int, num_sets: int) -> None:
+        """Makes room for copies; see `ExpertPool.reserve`."""
+        before = self.pool.parameters
+        self.pool.reserve(copies_a_layer, num_sets)
+        if self.pool.parameters is not before:
+            self.optimizer.rebind(self.pool.kept)
 
-    def _reduce_next(self) -> None:
-        index = len(self.layers) - 1 - len(self._reductions)
-        shard, transfers = self.shards[index], self._steps[index].transfers
-        self._reductions.append(sparse_reduce_scatter(shard, transfers, self.world))
+    def rehome(self, base: Base) -> dict[Place, int]:
+        """Takes another base; returns the slots of the experts that are new here, whose state is yet to come."""
+        before = self.pool.parameters
+        fresh = self.pool.rehome(kept_by(base, self.world.rank))
+        if self.pool.parameters is not before:
+            self.optimizer.rebind(self.pool.kept)
+        self.base = base
+        return fresh
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes held, by part; copies are those slots that steps may fill, with their gradients."""
+        a_row = self.pool.parameters[:1].nbytes
+        kept = self.pool.num_kept * a_row
+        return {
+            "parameters": kept,
+            "gradients": kept,
+            "optimizer": self.optimizer.optimizer_bytes(),
+            "copies": 2 * (self.pool.num_slots - self.pool.num_kept) * a_row,
+        }
+
+    def computed_rows(self) -> np.ndarray:
+        """int64 [L]: routed rows that this rank computed in this step."""
+        return torch.stack([layer.computed_rows for layer in self.layers]).cpu().numpy()
+
+    def rows(self) -> Tensor:
+        """int64 [L, E]: routed rows of this rank's own tokens in this step."""
+        return torch.stack([layer.rows_E for layer in self.layers])
+
+    def num_copies(self) -> int:
+        """Copies that travelled in this step, over all layers and ranks."""
+        return sum(int(np.count_nonzero(layer.placed.extra_copies())) for layer in self.layers)
+
+    # when copies travel: each set of slots holds one layer's copies at a time
+
+    def _start_block(self, layer: ExpertLayer) -> None:
+        if not self._is_backward:
+            self.watch.block_starts(layer.index)
+        self._start_gather(layer)
+
+    def _start_gather(self, layer: ExpertLayer) -> None:
+        place = layer.index % len(self._set_holders)
+        if self._set_holders[place] is not layer:
+            self._set_holders[place] = layer
+            layer.start_gather()
+
+    def _fetch(self, layer: ExpertLayer) -> None:
+        self._start_gather(layer)
+        layer.await_gather()
+
+    def _before_experts(self, layer: ExpertLayer) -> None:
+        self._fetch(layer)
+        if self._step.plan.timing == "overlapped":
+            for following in self.layers[layer.index + 1 : layer.index + 2]:
+                self._start_gather(following)
+
+    def _before_backward(self, layer: ExpertLayer) -> None:
+        self._fetch(layer)
+        # two layers back: with re-materialisation its gradients lie in the same slots
+        for later in self.layers[layer.index + 2 : layer.index + 3]:
+            later.await_reduce()
+        if self._is_first or self._step.policy.rematerialise:
+            layer.clear_copy_gradients()
+
+    def _after_backward(self, layer: ExpertLayer) -> None:
+        if self._is_last or self._step.policy.rematerialise:
+            layer.start_reduce()
+        for earlier in self.layers[max(0, layer.index - 1) : layer.index]:
+            self._start_gather(earlier)

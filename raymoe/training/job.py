@@ -1,19 +1,30 @@
 """A training run as files: what every rank needs, written once by the driver, on storage that all workers see."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
-from raymoe.config import ConfigError, TrainConfig
-from raymoe.models import CheckpointWriter, MoELayer, load_without_experts, moe_layers
-from raymoe.placement import ClusterSpec, Workload, check_owners, even_owners
-from raymoe.training.batches import Batches, TokenStream, pack
+from raymoe.cluster_file import ClusterConfig
+from raymoe.config import ConfigError, TrainConfig, load_config
+from raymoe.models import CheckpointWriter, MoELayer, load_without_experts, moe_layers, router_losses
+from raymoe.placement import ClusterSpec, Workload, check_owners, even_owners, policy
+from raymoe.training.batches import open_batches
+from raymoe.training.checkpoint import resume_path
+from raymoe.training.data.prepare import PreparedData, prepare_data
+from raymoe.training.micros import num_micros
+from raymoe.training.placing import first_base
 from raymoe.training.publication import Publication
-from raymoe.training.text import Document, read_documents, split_documents
-from raymoe.training.tokenizer import load_tokenizer, train_tokenizer
+from raymoe.training.state import restore, saved_placement
 from raymoe.training.trainer import Trainer, TrainerConfig
 from raymoe.training.world import World
 
@@ -31,6 +42,7 @@ class TrainJob:
     owners: np.ndarray
     """int64 [L, E]."""
     balance_weight: float
+    z_weight: float
     num_experts: int
     num_layers: int
     workload: Workload
@@ -38,8 +50,8 @@ class TrainJob:
     expert_parameters: int
     """Parameters of all experts."""
     total_parameters: int
-    train_tokens: int
-    train_bytes: int
+    resumes: Path | None
+    """The training checkpoint that the run goes on from."""
 
     @property
     def overlap_degree(self) -> int | None:
@@ -51,122 +63,157 @@ class TrainJob:
     def extra_slots(self) -> int:
         """Copies a layer that a worker may hold: by default as many as it owns."""
         slots = self.config.experts.extra_slots
-        return -(-self.num_experts // self.config.workers) if slots is None else slots
+        return -(-self.num_experts // self.config.workers) if slots is None else min(slots, self.num_experts)
 
-    @property
-    def first_publication(self) -> Publication:
-        """What holds until times and links are measured: no copies, unless their number does not depend on them."""
+    def first_publication(self, nodes: tuple[int, ...]) -> Publication:
+        """What holds until times and links are measured: no copies, unless their number does not depend on them.
+
+        Args:
+            nodes: node of every worker.
+
+        Raises:
+            ConfigError: a cluster file that cannot be used, or that is of another number of devices.
+        """
         experts = self.config.experts
-        waits = experts.policy == "fssdp" or self.overlap_degree is None
+        cluster = _cluster_of(experts.cluster, len(nodes)) if experts.cluster else ClusterSpec(nodes, 1, 1)
+        transport = experts.transport
+        if transport == "auto":
+            transport = "hierarchical" if len(set(nodes)) > 1 else "p2p"
+        waits = experts.cluster is None and policy(experts.policy).needs_costs(self.overlap_degree)
         return Publication(
-            0,
-            experts.policy,
-            ClusterSpec.even(1, self.config.workers, intra_bytes_s=1),
-            self.workload,
-            0 if waits else self.extra_slots,
-            self.overlap_degree,
-            experts.window,
+            version=0,
+            policy=experts.policy,
+            cluster=cluster,
+            workload=replace(self.workload, fan_out="hierarchical" if transport == "hierarchical" else "p2p"),
+            extra_slots=0 if waits else self.extra_slots,
+            overlap_degree=self.overlap_degree,
+            window=experts.window,
+            dispatch=None if experts.dispatch == "auto" else experts.dispatch,
+            transport=transport,
+        )
+
+    def trainer_config(self, publication: Publication) -> TrainerConfig:
+        """What a rank's step depends on."""
+        config = self.config
+        every = config.experts.reshard_every
+        return TrainerConfig(
+            optimizer=config.optimizer,
+            steps=config.steps,
+            publication=publication,
+            balance_weight=self.balance_weight,
+            z_weight=self.z_weight,
+            micro_batch=config.micro_batch,
+            recompute=config.recompute,
+            dense=config.dense,
+            reshard_every=None if every == "auto" else every,
+            identity={"seed": config.seed, "batch": config.batch, "data.sequence_length": config.data.sequence_length},
         )
 
 
-@dataclass(frozen=True)
-class PreparedText:
-    """What the driver keeps of the text, to evaluate with."""
-
-    tokenizer: PreTrainedTokenizerBase
-    train: TokenStream
-    held_out: TokenStream
-    held_out_documents: list[Document]
+def prepare_text(config: TrainConfig, folder: Path) -> PreparedData:
+    """Brings text and tokenizer to where ranks read them; see `prepare_data`."""
+    return prepare_data(
+        config.data, config.tokenizer, config.model.path, folder, seed=config.seed, global_batch=config.batch
+    )
 
 
-def prepare_text(config: TrainConfig, folder: Path) -> PreparedText:
-    """Reads and splits the text, trains or loads the tokenizer, packs both parts, and leaves the training tokens in
-    `folder/tokens.npy`.
-
-    Raises:
-        ValueError: text that is missing, unreadable or too little; names the file, row and field.
-    """
-    data = config.data
-    documents = read_documents(data.source, text_field=data.text_field)
-    train_documents, held_out_documents = split_documents(documents, data.held_out, config.seed)
-    tokenizer_path = config.tokenizer.path or config.model.path
-    if tokenizer_path is not None:
-        tokenizer = load_tokenizer(tokenizer_path)
-    else:
-        tokenizer = train_tokenizer((document.text for document in train_documents), config.tokenizer.vocab_size)
-    train = pack(train_documents, tokenizer, data.sequence_length)
-    held_out = pack(held_out_documents, tokenizer, min(data.sequence_length, 64))
-    Batches(train, data.sequence_length, config.batch, config.seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "tokens.npy", train.tokens)
-    return PreparedText(tokenizer, train, held_out, held_out_documents)
-
-
-def prepare_job(config: TrainConfig, folder: Path, text: PreparedText) -> TrainJob:
+def prepare_job(config: TrainConfig, folder: Path, data: PreparedData) -> TrainJob:
     """Settles the model that training starts from (random weights are written to `folder/initial`) and the owners.
 
     Raises:
-        ConfigError: a model configuration that transformers refuses, or owners that do not fit it.
+        ConfigError: a model configuration that transformers refuses, owners that do not fit it, or passes that some worker
+            would have no sequence for.
+        CheckpointError: a checkpoint to go on from that cannot be used.
     """
-    path = config.model.path or _write_initial(config, folder / "initial", text.tokenizer)
+    path = config.model.path or _write_initial(config, folder / "initial", data.tokenizer)
     model_config = AutoConfig.from_pretrained(path, local_files_only=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
-    layers = moe_layers(model)
-    num_layers, num_experts = len(layers), layers[0].num_experts
-    if config.experts.owners is None:
-        owners = even_owners(num_layers, num_experts, config.workers)
-    else:
-        owners = np.array(config.experts.owners, dtype=np.int64)
-        try:
-            if owners.shape != (num_layers, num_experts):
-                raise ValueError(
-                    f"got {list(owners.shape)}, the model has {num_layers} MoE layers of {num_experts} experts"
-                )
-            check_owners(owners, config.workers)
-        except ValueError as error:
-            raise ConfigError(f"experts.owners: {error}") from None
-    balance = config.balance_loss
-    if balance is None:
-        balance = getattr(model_config.get_text_config(), "router_aux_loss_coef", None) or 0.0
+    layers, total_parameters = _shape_of(model_config)
+    try:
+        num_micros(config.batch, config.workers, config.micro_batch)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    losses = router_losses(model_config)
+    checkpoint = config.checkpoint
     return TrainJob(
         config=config,
         folder=folder,
         model_path=path,
-        owners=owners,
-        balance_weight=balance,
-        num_experts=num_experts,
-        num_layers=num_layers,
-        workload=_workload(layers[0], model_config.get_text_config().hidden_size, DTYPES[config.model.dtype]),
+        owners=_owners(config, len(layers), layers[0].num_experts),
+        balance_weight=losses.balance if config.balance_loss is None else config.balance_loss,
+        z_weight=losses.z if config.z_loss is None else config.z_loss,
+        num_experts=layers[0].num_experts,
+        num_layers=len(layers),
+        workload=_workload(layers[0], model_config.get_text_config().hidden_size, config.model.dtype),
         expert_parameters=sum(
             layer.num_experts * sum(field.numel for field in layer.layout.fields) for layer in layers
         ),
-        total_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        train_tokens=len(text.train.tokens),
-        train_bytes=text.train.num_bytes,
-    )
-
-
-def _workload(layer: MoELayer, hidden_size: int, dtype: torch.dtype) -> Workload:
-    parameters = sum(field.numel for field in layer.layout.fields)
-    return Workload(
-        expert_bytes=parameters * dtype.itemsize,
-        row_bytes=hidden_size * dtype.itemsize,
-        row_flops=2 * parameters,
-        choices=layer.top_k,
-        # two moments
-        state_bytes=2 * parameters * dtype.itemsize,
+        total_parameters=total_parameters,
+        resumes=resume_path(checkpoint.folder, checkpoint.resume) if checkpoint.folder else None,
     )
 
 
 def build_trainer(job: TrainJob, world: World) -> Trainer:
-    """One rank's trainer, from the job's files."""
+    """One rank's trainer, from the job's files; it goes on where the checkpoint to resume from ends."""
     config = job.config
+    saved = saved_placement(job.resumes, world.size) if job.resumes else None
+    if saved is not None:
+        publication, base = saved
+    else:
+        publication = job.first_publication(world.nodes)
+        base = first_base(publication, job.owners, world)
     model, files = load_without_experts(job.model_path, DTYPES[config.model.dtype], world.device)
-    tokens = np.load(job.folder / "tokens.npy", mmap_mode="r")
-    batches = Batches(TokenStream(tokens, job.train_bytes), config.data.sequence_length, config.batch, config.seed)
-    trainer_config = TrainerConfig(config.optimizer, config.steps, job.balance_weight, job.first_publication)
-    return Trainer(model, files, world, trainer_config, batches.batch, job.owners)
+    batches = open_batches(
+        job.folder, sequence_length=config.data.sequence_length, global_batch=config.batch, seed=config.seed
+    )
+    trainer = Trainer(model, files, world, job.trainer_config(publication), batches.batch, base)
+    if job.resumes is not None:
+        restore(trainer, job.resumes)
+    return trainer
+
+
+def _owners(config: TrainConfig, num_layers: int, num_experts: int) -> np.ndarray:
+    if config.experts.owners is None:
+        return even_owners(num_layers, num_experts, config.workers)
+    owners = np.array(config.experts.owners, dtype=np.int64)
+    try:
+        if owners.shape != (num_layers, num_experts):
+            raise ValueError(
+                f"got {list(owners.shape)}, the model has {num_layers} MoE layers of {num_experts} experts"
+            )
+        return check_owners(owners, config.workers)
+    except ValueError as error:
+        raise ConfigError(f"experts.owners: {error}") from None
+
+
+def _cluster_of(path: Path, num_devices: int) -> ClusterSpec:
+    cluster = load_config(ClusterConfig, path).spec
+    if cluster.num_devices != num_devices:
+        raise ConfigError(
+            f"experts.cluster: {path} describes {cluster.num_devices} devices, the run has {num_devices} workers"
+        )
+    return cluster
+
+
+def _workload(layer: MoELayer, hidden_size: int, dtype: str) -> Workload:
+    parameters = sum(field.numel for field in layer.layout.fields)
+    size = DTYPES[dtype].itemsize
+    # two moments, and a float32 master where parameters are narrower
+    state_size = 12 if size < 4 else 2 * size
+    return Workload(
+        expert_bytes=parameters * size,
+        row_bytes=hidden_size * size,
+        row_flops=2 * parameters,
+        choices=layer.top_k,
+        state_bytes=parameters * state_size,
+    )
+
+
+def _shape_of(model_config: PretrainedConfig) -> tuple[list[MoELayer], int]:
+    """The MoE layers and the number of parameters of a model that is not in memory."""
+    kind = AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = kind.from_config(model_config)
+    return moe_layers(model), sum(parameter.numel() for parameter in model.parameters())
 
 
 def _write_initial(config: TrainConfig, path: Path, tokenizer: PreTrainedTokenizerBase) -> Path:

@@ -1,4 +1,4 @@
-"""The training loss: cross entropy over the global batch, and the load-balance loss of the model's family.
+"""The training loss: cross entropy over the global batch, and what the model's family adds for its routers.
 
 N tokens, V vocabulary, L MoE layers, E experts.
 """
@@ -9,17 +9,29 @@ from torch import Tensor
 
 from raymoe.models import MoELayer
 
+_LEFT_OUT = -100
 
-def token_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy in nats, summed over tokens, in the logits' dtype. logits [..., V], targets int64 [...]."""
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
+
+def token_loss_sum(logits: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
+    """Cross entropy in nats, summed over the targets that count, in float32 at the least.
+
+    Args:
+        logits: [..., V].
+        targets: int64 [...].
+        counts: bool [...].
+    """
+    logits = logits.flatten(0, -2)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = targets.masked_fill(~counts, _LEFT_OUT).flatten()
+    return F.cross_entropy(logits, targets, ignore_index=_LEFT_OUT, reduction="sum")
 
 
 class RouterLogits:
-    """Keeps the router logits of a forward pass; `take()` empties it."""
+    """Keeps the router logits of a forward pass; `take()` empties it, and what comes between passes is not kept."""
 
     def __init__(self, layers: list[MoELayer]):
         self._logits: list[Tensor] = []
+        self.is_keeping = True
         self._hooks = [layer.router.register_forward_hook(self._keep) for layer in layers]
 
     def take(self) -> list[Tensor]:
@@ -32,16 +44,17 @@ class RouterLogits:
             hook.remove()
 
     def _keep(self, _module, _inputs, outputs) -> None:
-        self._logits.append(outputs[0])
+        if self.is_keeping:
+            self._logits.append(outputs[0])
 
 
-def balance_loss(router_logits: list[Tensor], loads: Tensor, num_tokens: int) -> Tensor:
+def balance_loss(router_logits: list[Tensor], loads: Tensor, num_positions: int) -> Tensor:
     """This rank's part of the load-balance loss; summed over ranks it is the loss of the global batch.
 
     Args:
         router_logits: [N, E] of every layer, for this rank's tokens.
         loads: [L, E], routed rows of all ranks' tokens; no gradient flows through them.
-        num_tokens: tokens of all ranks.
+        num_positions: (token, layer) pairs of all ranks.
 
     Returns:
         Scalar: E * sum over experts of (share of tokens that take it) * (mean routing probability), both over all layers;
@@ -51,6 +64,18 @@ def balance_loss(router_logits: list[Tensor], loads: Tensor, num_tokens: int) ->
     """
     logits = torch.cat([layer.flatten(0, -2) for layer in router_logits])
     probabilities = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    denominator = len(router_logits) * num_tokens
-    share_E = loads.sum(0).to(probabilities) / denominator
-    return loads.shape[1] * (share_E * probabilities.sum(0) / denominator).sum()
+    share_E = loads.sum(0).to(probabilities) / num_positions
+    return loads.shape[1] * (share_E * probabilities.sum(0) / num_positions).sum()
+
+
+def router_z_loss(router_logits: list[Tensor], num_positions: int) -> Tensor:
+    """This rank's part of the mean squared log-sum-exp of router logits, over tokens and layers.
+
+    Args:
+        num_positions: (token, layer) pairs of all ranks.
+
+    Source: ST-MoE (arXiv 2202.08906, equation 5).
+    """
+    logits = torch.cat([layer.flatten(0, -2) for layer in router_logits])
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide.logsumexp(-1).square().sum() / num_positions

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from raymoe.placement import ClusterSpec, Workload
+from raymoe.placement import ClusterSpec, Dispatch, Workload
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,10 @@ class Publication:
     """t: experts a layer that may be copied in a step; None: as many as the policy finds good."""
     window: int = 5
     """Steps whose mean load is the forecast."""
+    dispatch: Dispatch | None = None
+    """How rows find a copy; None: as the policy says."""
+    transport: str = "p2p"
+    """How copies travel; see `raymoe.training.sparse`."""
 
 
 class PublicationBox:

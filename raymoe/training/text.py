@@ -1,24 +1,13 @@
 """Real text as named documents: the standard library, text files, JSONL, Parquet, and directories of them."""
 
 import hashlib
-import io
-import json
-import posixpath
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from pyarrow import fs
-
-TEXT_SUFFIXES = frozenset(
-    {".txt", ".text", ".md", ".rst", ".tex"}
-    | {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cu", ".go", ".java", ".js", ".rs", ".sh", ".sql", ".ts"}
-)
-JSONL_SUFFIXES = frozenset({".jsonl", ".ndjson"})
-PARQUET_SUFFIXES = frozenset({".parquet"})
+from raymoe.training.data.files import decode_file, find_files, read_rows
 
 # Codec tables repeat each other almost word for word, and the topics module holds escaped what is read unescaped below:
 # either would put held-out text into the training side. Tests exist only on some installations.
@@ -36,8 +25,23 @@ _STDLIB_SKIPPED = frozenset(
     }
 )
 _PART_BYTES = 64 * 1024
-_PARQUET_ROWS = 1024
-_READ_BYTES = 1 << 20
+
+
+class Example(Protocol):
+    """What is trained on or held out as a whole."""
+
+    @property
+    def name(self) -> str:
+        """Unique in its source and the same on every machine."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Length in UTF-8."""
+        ...
+
+
+ExampleT = TypeVar("ExampleT", bound=Example)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +63,9 @@ def read_documents(source: str | Path | None = None, *, text_field: str = "text"
     Args:
         source: None or ``"stdlib"``: the running Python's standard library (sources without tests, and the language
             reference of ``pydoc``), no download; it differs between Python versions. Otherwise a path or a URI that
-            ``pyarrow.fs`` knows (``file://``, ``s3://``, ``gs://``): a text file (one document), a ``.jsonl`` or
-            ``.parquet`` file (one document a row), or a directory, read recursively in the order of relative paths.
+            pyarrow or fsspec knows (``file://``, ``s3://``, ``memory://``): a text file (one document; a large one is
+            several, ``path#k``), a ``.jsonl`` or ``.parquet`` file (one document a row), or a directory, read recursively in
+            the order of relative paths. Text and JSONL may be compressed (``.gz``, ``.zst``, ``.bz2``, ``.lz4``).
         text_field: the key of a JSONL object, or the Parquet column, that holds the text.
 
     Yields:
@@ -74,33 +79,21 @@ def read_documents(source: str | Path | None = None, *, text_field: str = "text"
             file and the line, row or byte.
     """
     if source is None or source == "stdlib":
-        return _require_text(_stdlib_documents(), "stdlib")
-    if not str(source):
-        raise ValueError("text source is an empty string. Give a file, a directory, a URI or 'stdlib'.")
-    filesystem, root = _locate(str(source))
-    info = filesystem.get_file_info(root)
-    if info.type == fs.FileType.NotFound:
-        raise ValueError(f"text source {str(source)!r} does not exist. Give a file, a directory, a URI or 'stdlib'.")
-    if info.type == fs.FileType.Directory:
-        files = _files_under(filesystem, root, str(source))
-    else:
-        if _reader(root) is None:
-            raise ValueError(f"text source {str(source)!r} has an unknown suffix; known are {_known_suffixes()}")
-        files = [(posixpath.basename(root), root)]
+        return require_text(stdlib_documents(), "stdlib")
+    files = find_files(source)
 
     def documents() -> Iterator[Document]:
-        for name, path in files:
-            reader = _reader(path)
-            assert reader is not None
-            yield from reader(filesystem, path, name, text_field)
+        for file in files.files:
+            for row in read_rows(files, file, {"text_field": text_field}):
+                yield Document(row.name, row.string(text_field))
 
-    return _require_text(documents(), str(source))
+    return require_text(documents(), str(source))
 
 
 def split_documents(
-    documents: Iterable[Document], held_out: float, seed: int = 0
-) -> tuple[list[Document], list[Document]]:
-    """Split a source into what is trained on and what is only measured, by whole documents.
+    documents: Iterable[ExampleT], held_out: float, seed: int = 0, *, most_bytes: int | None = None
+) -> tuple[list[ExampleT], list[ExampleT]]:
+    """Split a source into what is trained on and what is only measured, by whole documents (or conversations).
 
     Documents are looked at in the order of a hash of (seed, name), and held out where that brings the held-out bytes closer
     to their share: the split is the same on every machine and does not depend on the order of reading. A single document
@@ -108,6 +101,7 @@ def split_documents(
 
     Args:
         held_out: share of the UTF-8 bytes to hold out, in (0, 1); met as closely as whole documents allow.
+        most_bytes: aim at no more than this, whatever the share.
 
     Returns:
         (train, held_out), both non-empty and each in the order of reading.
@@ -117,24 +111,24 @@ def split_documents(
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must be a share in (0, 1), got {held_out}")
-    documents = list(documents)
-    total = sum(document.num_bytes for document in documents)
-    target = total * held_out
-    if len(documents) == 1:
+    whole: list[Any] = list(documents)
+    total = sum(document.num_bytes for document in whole)
+    target = total * held_out if most_bytes is None else min(total * held_out, most_bytes)
+    if len(whole) == 1 and isinstance(whole[0], Document):
         # parts of half the target, so that the tail can come close to it
-        documents = cut_document(documents[0], min(_PART_BYTES, max(1, int(target / 2))))
-        chosen = _closest_tail([part.num_bytes for part in documents], target)
+        whole = cut_document(whole[0], min(_PART_BYTES, max(1, int(target / 2))))
+        chosen = _closest_tail([part.num_bytes for part in whole], target)
     else:
-        ranked = sorted(range(len(documents)), key=lambda i: (_name_hash(documents[i].name, seed), i))
-        chosen = _closest(ranked, [document.num_bytes for document in documents], target)
-    if not 0 < len(chosen) < len(documents):
+        ranked = sorted(range(len(whole)), key=lambda i: (_name_hash(whole[i].name, seed), i))
+        chosen = _closest(ranked, [document.num_bytes for document in whole], target)
+    if not 0 < len(chosen) < len(whole):
         raise ValueError(
-            f"cannot hold out {held_out} of {len(documents)} document(s), {total} bytes, and keep some to train on. "
+            f"cannot hold out {held_out} of {len(whole)} document(s), {total} bytes, and keep some to train on. "
             "Add documents, break a single text into lines, or lower held_out."
         )
     return (
-        [document for i, document in enumerate(documents) if i not in chosen],
-        [document for i, document in enumerate(documents) if i in chosen],
+        [document for i, document in enumerate(whole) if i not in chosen],
+        [document for i, document in enumerate(whole) if i in chosen],
     )
 
 
@@ -182,137 +176,27 @@ def _name_hash(name: str, seed: int) -> bytes:
     return hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
 
 
-def _require_text(documents: Iterator[Document], source: str) -> Iterator[Document]:
+def require_text(documents: Iterable[ExampleT], source: str) -> Iterator[ExampleT]:
+    """Leaves out what is empty. Raises: ValueError, at the end, if nothing else came."""
     is_empty = True
     for document in documents:
-        if document.text:
+        if document.num_bytes:
             is_empty = False
             yield document
     if is_empty:
         raise ValueError(f"text source {source!r} holds no text")
 
 
-def _stdlib_documents() -> Iterator[Document]:
+def stdlib_documents() -> Iterator[Document]:
+    """The running Python's standard library without tests, and the language reference of ``pydoc``."""
     root = Path(sysconfig.get_path("stdlib"))
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     for name in names:
         # _sysconfigdata is how this Python was built, not source
         if _STDLIB_SKIPPED.isdisjoint(name.split("/")[:-1]) and not name.startswith("_sysconfigdata"):
-            yield Document(name, _decode((root / name).read_bytes(), str(root / name)))
+            yield Document(name, decode_file(root / name))
 
     from pydoc_data.topics import topics
 
     for topic in sorted(topics):
         yield Document(f"pydoc_data/topics/{topic}", topics[topic])
-
-
-def _locate(source: str) -> tuple[fs.FileSystem, str]:
-    if "://" not in source:
-        return fs.LocalFileSystem(), Path(source).expanduser().as_posix()
-    try:
-        filesystem, path = fs.FileSystem.from_uri(source)
-    except (pa.ArrowInvalid, ValueError) as error:
-        raise ValueError(f"text source {source!r} is no URI that pyarrow.fs knows: {error}") from error
-    return filesystem, path.rstrip("/") or "/"
-
-
-def _files_under(filesystem: fs.FileSystem, root: str, source: str) -> list[tuple[str, str]]:
-    infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
-    paths = [(posixpath.relpath(info.path, root), info.path) for info in infos if info.type == fs.FileType.File]
-    paths = [(name, path) for name, path in paths if not any(part.startswith(".") for part in name.split("/"))]
-    files = sorted((name, path) for name, path in paths if _reader(name) is not None)
-    if not files:
-        suffixes = sorted({posixpath.splitext(name)[1] or "(none)" for name, _ in paths})
-        raise ValueError(
-            f"text source {source!r}: no file to read among {len(paths)} with suffixes [{', '.join(suffixes)}]; "
-            f"known are {_known_suffixes()}"
-        )
-    return files
-
-
-def _known_suffixes() -> str:
-    return " ".join(sorted(TEXT_SUFFIXES | JSONL_SUFFIXES | PARQUET_SUFFIXES))
-
-
-_Reader = Callable[[fs.FileSystem, str, str, str], Iterator[Document]]
-
-
-def _reader(path: str) -> _Reader | None:
-    suffix = posixpath.splitext(path)[1].lower()
-    if suffix in TEXT_SUFFIXES:
-        return _read_text
-    if suffix in JSONL_SUFFIXES:
-        return _read_jsonl
-    if suffix in PARQUET_SUFFIXES:
-        return _read_parquet
-    return None
-
-
-def _read_text(filesystem: fs.FileSystem, path: str, name: str, text_field: str) -> Iterator[Document]:
-    with filesystem.open_input_stream(path, compression=None) as stream:
-        yield Document(name, _decode(stream.read(), path))
-
-
-def _read_jsonl(filesystem: fs.FileSystem, path: str, name: str, text_field: str) -> Iterator[Document]:
-    with filesystem.open_input_stream(path, compression=None) as stream:
-        offset = 0
-        for number, line in enumerate(io.BufferedReader(stream, _READ_BYTES), start=1):
-            where = f"{path} line {number}"
-            text = _decode(line, where, offset)
-            offset += len(line)
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON, one object a line is expected: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
-            if text_field not in row:
-                raise ValueError(f"{where}: no field {text_field!r}, there are {sorted(row)}. Set text_field.")
-            yield Document(f"{name}:{number}", _string(row[text_field], f"{where}, field {text_field!r}"))
-
-
-def _read_parquet(filesystem: fs.FileSystem, path: str, name: str, text_field: str) -> Iterator[Document]:
-    with filesystem.open_input_file(path) as file:
-        try:
-            parquet = pq.ParquetFile(file)
-        except pa.ArrowException as error:
-            raise ValueError(f"{path}: not a Parquet file: {error}") from error
-        names = parquet.schema_arrow.names
-        if text_field not in names:
-            raise ValueError(f"{path} row 1: no column {text_field!r}, there are {sorted(names)}. Set text_field.")
-        number = 0
-        for batch in parquet.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field]):
-            for scalar in batch.column(0):
-                number += 1
-                where = f"{path} row {number}, column {text_field!r}"
-                try:
-                    value = scalar.as_py()
-                except UnicodeDecodeError as error:
-                    raise _not_utf8(error, where, 0) from error
-                yield Document(f"{name}:{number}", _string(value, where))
-
-
-def _string(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: expected a string, got {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair
-        raise ValueError(f"{where}: lone surrogate at character {error.start}, which UTF-8 cannot write") from error
-    return value
-
-
-def _decode(data: bytes, where: str, offset: int = 0) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise _not_utf8(error, where, offset) from error
-
-
-def _not_utf8(error: UnicodeDecodeError, where: str, offset: int) -> ValueError:
-    return ValueError(
-        f"{where}: invalid UTF-8 at byte {offset + error.start} (0x{error.object[error.start]:02x}). "
-        "Convert the file to UTF-8 first."
-    )

@@ -6,6 +6,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from raymoe.training.data.encode import plain_tokenizer
+
 END_OF_TEXT = "<|endoftext|>"
 USER = "<|user|>"
 ASSISTANT = "<|assistant|>"
@@ -27,12 +29,33 @@ CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message.role == 'user' -%}{{ '" + USER + "\n' ~ text(message.content) ~ '\n' }}"
     "{%- elif message.role == 'assistant' -%}"
-    "{{ '" + ASSISTANT + "\n' ~ text(message.content) ~ '" + END_OF_TEXT + "\n' }}"
+    "{{ '" + ASSISTANT + "\n' }}"
+    # what the marker encloses is what fine-tuning learns
+    "{%- generation -%}{{ text(message.content) ~ '" + END_OF_TEXT + "' }}{%- endgeneration -%}"
+    "{{ '\n' }}"
     "{%- elif message.role in ['system', 'developer'] -%}{{ text(message.content) ~ '\n' }}"
     "{%- else -%}{{ raise_exception('unknown role ' ~ message.role) }}"
     "{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '" + ASSISTANT + "\n' }}{%- endif -%}"
+)
+
+# For a tokenizer that brings neither a template nor tokens for turns; what ends an answer is the tokenizer's own eos. The
+# line's end keeps the first token of an answer from beginning before it.
+PLAIN_CHAT_TEMPLATE = (
+    "{%- macro text(content) -%}"
+    "{%- if content is string -%}{{ content }}"
+    "{%- elif content is not none -%}{%- for part in content -%}{{ part.text }}{%- endfor -%}"
+    "{%- endif -%}"
+    "{%- endmacro -%}"
+    "{%- for message in messages -%}"
+    "{%- if message.role == 'assistant' -%}"
+    "{{ 'Assistant:\n' }}{%- generation -%}{{ text(message.content) ~ eos_token }}{%- endgeneration -%}{{ '\n' }}"
+    "{%- elif message.role in ['system', 'developer'] -%}{{ text(message.content) ~ '\n' }}"
+    "{%- else -%}{{ message.role | capitalize ~ ':\n' ~ text(message.content) ~ '\n' }}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ 'Assistant:\n' }}{%- endif -%}"
 )
 
 _BLOCK_CHARS = 4096
@@ -121,16 +144,11 @@ def _no_tokenizer(path: Path) -> ValueError:
 
 
 def plain_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy of the tokenizer's backend that encodes text as it stands.
+    """A copy of the tokenizer's backend that encodes text as it stands: see `plain_tokenizer`.
 
-    No truncation or padding, and what spells a special token is text like any other, so a document about chat templates does
-    not end in its middle. The copy leaves the tokenizer that serving shares untouched.
+    The copy leaves the tokenizer that serving shares untouched.
     """
-    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    encoder.no_truncation()
-    encoder.no_padding()
-    encoder.encode_special_tokens = True
-    return encoder
+    return plain_tokenizer(tokenizer.backend_tokenizer.to_str())
 
 
 def _sample(texts: Iterable[str], max_bytes: int) -> list[str]:

@@ -62,10 +62,12 @@ def test_runtime_sees_every_layer_and_row(family):
 
 
 def test_family_outside_the_interface_is_named():
-    from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+    from transformers import JetMoeConfig, JetMoeForCausalLM
 
-    config = SwitchTransformersConfig(
-        vocab_size=32, d_model=16, d_ff=16, d_kv=8, num_layers=2, num_heads=2, num_experts=2, num_decoder_layers=2
+    config = JetMoeConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, kv_channels=8, num_hidden_layers=1, num_key_value_heads=1
     )
-    with pytest.raises(ValueError, match="switch_transformers"):
-        raymoe.models.moe_layers(SwitchTransformersForConditionalGeneration(config))
+    with torch.device("meta"):
+        model = JetMoeForCausalLM(config)
+    with pytest.raises(ValueError, match=r"'jetmoe' .* has no MoE layer"):
+        raymoe.models.moe_layers(model)

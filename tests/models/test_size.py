@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.modeling_outputs import MoEModelOutput
 
 from raymoe.models import moe_layers
 from raymoe.models.size import ModelSize, model_size
-from tests.tiny_models import FAMILIES, tiny_model
+from tests.tiny_models import FAMILIES, tiny_model, tiny_switch
 
 QWEN3_30B = {
     "model_type": "qwen3_moe",
@@ -106,6 +107,23 @@ def test_dtype_comes_from_the_files_where_the_configuration_is_silent(tmp_path):
     assert (model_size(tmp_path).dtype, model_size(tmp_path).parameter_bytes) == ("bfloat16", 2)
 
 
+def test_an_encoder_decoder(tmp_path):
+    model = tiny_switch(d_kv=12)
+    model.config.save_pretrained(tmp_path)
+    size = model_size(tmp_path)
+    expert = 2 * 32 * 48
+    assert size.parameters == sum(p.numel() for p in model.parameters())
+    assert (size.blocks, size.layers, size.experts, size.choices, size.matrices) == (8, 4, 5, 1, 2)
+    assert (size.expert_parameters, size.expert_width) == (4 * 5 * expert, 48)
+    assert size.active_parameters == size.dense_parameters + 4 * expert
+    assert (size.attention_width, size.lookup_parameters) == (48, 0)
+    tokens = torch.zeros(1, 3, dtype=torch.int64)
+    encoded = MoEModelOutput(last_hidden_state=torch.zeros(1, 3, 32))
+    cache = model(encoder_outputs=encoded, decoder_input_ids=tokens, use_cache=True).past_key_values
+    kept = sum(layer.keys.numel() + layer.values.numel() for layer in cache.self_attention_cache.layers)
+    assert size.kv_bytes == kept // 3 * 4
+
+
 def test_a_configuration_alone_and_its_name(tmp_path):
     tiny_model("mixtral").config.save_pretrained(tmp_path)
     (tmp_path / "config.json").rename(tmp_path / "my-mixtral.json")
@@ -136,8 +154,8 @@ def test_what_cannot_be_sized_says_why(tmp_path):
     file.write_text('{"model_type": "moe_of_tomorrow"}')
     with pytest.raises(ValueError, match="family 'moe_of_tomorrow'"):
         model_size(tmp_path)
-    file.write_text('{"model_type": "t5"}')
-    with pytest.raises(ValueError, match="cannot build a causal language model of family 't5'"):
+    file.write_text('{"model_type": "vit"}')
+    with pytest.raises(ValueError, match="cannot build a language model of family 'vit'"):
         model_size(tmp_path)
     LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(
         tmp_path

@@ -19,7 +19,7 @@ def _process(_rank: int) -> ProcessPoolExecutor:
 
 
 def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
-    """`function(join, rank, *args)` on `size` ranks; `join()` forms a fresh world. Returns what each rank returned."""
+    """`function(join, rank, *args)` on `size` ranks; `join(node)` forms a fresh world. Returns what each rank returned."""
     with tempfile.TemporaryDirectory() as folder:
         futures = [_process(rank).submit(_run, rank, size, folder, function, args) for rank in range(size)]
         return [future.result(timeout_s) for future in futures]
@@ -29,11 +29,11 @@ def _run(rank: int, size: int, folder: str, function: Callable[..., Any], args: 
     torch.set_num_threads(1)
     worlds = 0
 
-    def join():
+    def join(node: str = "node-0"):
         nonlocal worlds
         leave_world()
         worlds += 1
-        return join_world(f"file://{folder}/world{worlds}", rank, size, timeout_s=30)
+        return join_world(f"file://{folder}/world{worlds}", rank, size, timeout_s=30, node=node)
 
     try:
         return function(join, rank, *args)

@@ -137,16 +137,16 @@ def test_one_token_has_nothing_to_predict():
 
 
 def test_unigram_by_hand():
-    train = TokenStream(np.array([0, 1, 1, 2], dtype=np.int32), 3)
+    train_V = np.array([1, 2, 1, 0])
     held_out = TokenStream(np.array([0, 1, 3, 0], dtype=np.int32), 2)
     # counts + 1 of tokens 0..3 are 2, 3, 2, 1 of 8; predicted are 1, 3, 0
     expected = -(math.log2(3 / 8) + math.log2(1 / 8) + math.log2(2 / 8)) / 2
-    assert unigram_bits_per_byte(train, held_out, 4) == pytest.approx(expected, rel=1e-12)
+    assert unigram_bits_per_byte(train_V, held_out) == pytest.approx(expected, rel=1e-12)
 
 
 def test_unigram_refuses_tokens_outside_the_vocabulary():
-    with pytest.raises(ValueError, match="token 36 in the streams, but vocab_size is 36"):
-        unigram_bits_per_byte(random_stream(1000), random_stream(10), 36)
+    with pytest.raises(ValueError, match="token 36 in the held-out stream, but the vocabulary has 36"):
+        unigram_bits_per_byte(np.ones(V - 1), random_stream(1000))
 
 
 def test_compressors_are_the_command_line_ones():
@@ -166,10 +166,35 @@ def test_compressors_find_repetition_and_not_noise():
 def test_baselines_on_real_text_lie_between_xz_and_eight_bits():
     train, held_out = split_documents([d for d in read_documents() if d.name.startswith("pydoc_data/")], 0.1)
     tokenizer = train_tokenizer((document.text for document in train), 1024)
-    found = baselines(pack(train, tokenizer, 64), pack(held_out, tokenizer, 64), held_out, len(tokenizer))
+    train_V = np.bincount(pack(train, tokenizer, 64).tokens, minlength=len(tokenizer))
+    found = baselines(train_V, pack(held_out, tokenizer, 64), held_out)
     assert 1 < found.xz <= found.gzip < found.unigram < 8
 
 
 def test_baselines_refuse_other_documents_than_the_stream():
     with pytest.raises(ValueError, match="held-out documents have 1 bytes, the stream packed from them 100"):
-        baselines(random_stream(10), random_stream(10), [Document("a", "a")], V)
+        baselines(np.ones(V), random_stream(10), [Document("a", "a")])
+
+
+def test_only_tokens_that_count_are_summed(llama):
+    stream = random_stream(50)
+    counts = np.random.default_rng(1).random(50) < 0.3
+    counts[0] = True  # never predicted, so it cannot count
+    result = evaluate(llama, TokenStream(stream.tokens, 100, counts), 8, 4, "cpu")
+    nats = 0.0
+    with torch.no_grad():
+        llama.eval()
+        for start in range(0, 49, 8):
+            window = torch.tensor(stream.tokens[start : start + 9], dtype=torch.int64)
+            logits = llama(input_ids=window[None, :-1]).logits[0].log_softmax(-1)
+            for place, token in enumerate(window[1:].tolist()):
+                nats -= logits[place, token].item() * counts[start + place + 1]
+    assert result.tokens == counts[1:].sum()
+    assert result.nats == pytest.approx(nats, rel=1e-5)  # float32, other batch shapes
+
+
+def test_unigram_counts_what_evaluate_counts():
+    counts = np.array([True, False, True, True])
+    held_out = TokenStream(np.array([0, 1, 3, 0], dtype=np.int32), 2, counts)
+    expected = -(math.log2(1 / 8) + math.log2(2 / 8)) / 2
+    assert unigram_bits_per_byte(np.array([1, 2, 1, 0]), held_out) == pytest.approx(expected, rel=1e-12)

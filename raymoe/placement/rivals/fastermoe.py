@@ -23,6 +23,11 @@ class FasterMoe(PolicyDefaults):
         "Bandwidth and FLOP/s are the cluster's instead of the code's constants; no row is left after the last expert. "
         "Rows are summed over ranks; fastmoe at ee3c561 sums over experts, and then never shadows when ranks are equal."
     )
+    calibrates = True
+
+    def needs_costs(self, overlap_degree: int | None) -> bool:
+        """Always: shadows must pay."""
+        return True
 
     def prepare(self, history: np.ndarray, state: PlacementState) -> Plan:
         """No copies: the decision waits for the gate, and all it moves is exposed."""

@@ -20,6 +20,7 @@ class Fsdp(PolicyDefaults):
         "Room for all experts of two layers is taken for granted, whatever extra_slots says."
     )
     rematerialise = True
+    keeps_whole = False
 
     def prepare(self, history: np.ndarray, state: PlacementState) -> Plan:
         """All copies; the history is not looked at."""

@@ -26,6 +26,7 @@ class Laer(PolicyDefaults):
         "loads, not ranks; random perturbations of candidates are left out."
     )
     rematerialise = True
+    keeps_whole = False
 
     def prepare(self, history: np.ndarray, state: PlacementState) -> Plan:
         """The cheaper candidate of each layer, the even one if they are equal."""

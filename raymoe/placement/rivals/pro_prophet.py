@@ -27,6 +27,10 @@ class ProProphet(PolicyDefaults):
         "The paper has one expert a rank and stops when a rank comes up again; here when its experts have all been copied."
     )
 
+    def needs_costs(self, overlap_degree: int | None) -> bool:
+        """Always: it estimates the layer's time."""
+        return True
+
     def prepare(self, history: np.ndarray, state: PlacementState) -> Plan:
         """The greedy copies, hidden behind attention and expert computation."""
         loads_LE = measured(history[-1:], state)

@@ -23,6 +23,7 @@ class Symi(PolicyDefaults):
         "s: the experts a rank has in an even split, and one more if extra_slots allows. Several copies on one rank count as "
         "one, and rows are shared evenly among an expert's ranks; slices are on devices, not in host memory; no token is dropped."
     )
+    keeps_whole = False
 
     def prepare(self, history: np.ndarray, state: PlacementState) -> Plan:
         """The copies for the last step's loads; nothing hides the scatter, which follows the optimizer's step."""
