@@ -17,8 +17,9 @@ from raymoe.actors.session import free_address
 from raymoe.models import CheckpointWriter
 from raymoe.telemetry import TraceWriter, metrics
 from raymoe.training.checkpoint import Checkpointer
+from raymoe.training.data.prepare import TOKENIZER_FOLDER
 from raymoe.training.export import write_model
-from raymoe.training.job import TrainJob, build_trainer
+from raymoe.training.job import TrainJob
 from raymoe.training.link_probe import LinkMeasurement, LinkProbe
 from raymoe.training.publication import Publication
 from raymoe.training.report import StepReport
@@ -72,7 +73,7 @@ class ExpertWorker:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         node = ray.get_runtime_context().get_node_id()
         world = join_world(rendezvous, self._rank, config.workers, config.worker_timeout_s, device, node)
-        self._trainer = build_trainer(self._job, world)
+        self._trainer = self._job.build_trainer(world)
         links = LinkProbe(world, world.nodes, self._trainer.expert_bytes).measure()
         trainer = self._trainer
         return WorkerFacts(
@@ -101,11 +102,12 @@ class ExpertWorker:
             leave_world()
             raise
 
-    def advance(self, num_steps: int) -> list[StepReport]:
+    def advance(self, num_steps: int, controller: ActorHandle) -> None:
         """Some steps and no more, for who wants to look between them; nothing is traced or saved."""
         trainer = self._trainer
         assert trainer is not None, "start() comes first"
-        return [trainer.step(trainer.next_step) for _ in range(num_steps)]
+        for _ in range(num_steps):
+            controller.report.remote(self._rank, trainer.step(trainer.next_step))
 
     def save(self, path: Path) -> None:
         """Writes the whole model as a Hugging Face directory; every rank calls it, rank 0 writes."""
@@ -113,8 +115,8 @@ class ExpertWorker:
         if self._rank > 0:
             write_model(self._trainer, None)
             return
-        tokenizer = load_tokenizer(self._job.config.tokenizer.path or self._job.model_path)
-        with CheckpointWriter(path, self._trainer.model, tokenizer) as writer:
+        tokenizer = load_tokenizer(self._job.folder / TOKENIZER_FOLDER)
+        with CheckpointWriter(path, self._trainer.model, tokenizer, source=self._job.model_path) as writer:
             write_model(self._trainer, writer)
 
     @ray.method(concurrency_group="control")

@@ -56,6 +56,8 @@ class StepSummary:
     """Planning and bookkeeping, of the slowest rank."""
     exposed_s: float
     """Waiting for expert parameters and gradients, of the rank that waited longest."""
+    experts_s: float
+    """Computing experts, forward and backward, of the rank that took longest."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -119,7 +121,9 @@ class PlacementController:
             return
         if self._num_steps > _UNMEASURED_STEPS:
             self._attention_ns.append(min(each.attention_ns for each in reports))
-            self._row_ns.append(float(np.median([each.row_ns for each in reports])))
+            # over all ranks together: one that owns none of the hot experts has hardly a row to be timed by
+            rows = sum(int(each.computed_rows.sum()) for each in reports)
+            self._row_ns.append(sum(each.experts_ns for each in reports) / max(rows, 1))
         if len(self._attention_ns) < _MEASURED_STEPS:
             return
         job = self._job
@@ -177,6 +181,7 @@ def summarise(reports: list[StepReport], owners: np.ndarray) -> StepSummary:
         link_bytes=_summed([report.link_bytes for report in reports]),
         planning_s=max(report.planning_ns for report in reports) / 1e9,
         exposed_s=max(report.exposed_ns for report in reports) / 1e9,
+        experts_s=max(report.experts_ns + report.experts_backward_ns for report in reports) / 1e9,
     )
 
 

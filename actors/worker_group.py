@@ -11,7 +11,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from raymoe.actors.expert_worker import ExpertWorker, WorkerFacts
-from raymoe.actors.placement_controller import PlacementController, StepSummary, summarise
+from raymoe.actors.placement_controller import PlacementController, StepSummary
+from raymoe.config import TrainConfig
 from raymoe.errors import RunFailed
 from raymoe.training.job import TrainJob
 from raymoe.training.placing import PlanMismatch
@@ -20,6 +21,9 @@ logger = logging.getLogger("raymoe")
 
 NAMESPACE = "raymoe"
 _POLL_S = 0.25
+# glibc gives large blocks back to the kernel at once and then faults them in page by page, every step anew: on CPUs that
+# takes up to half of an expert's backward pass
+_KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_ARENA_MAX": "1"}
 
 
 class WorkersFailed(RunFailed):
@@ -66,7 +70,7 @@ class WorkerGroup:
         resources = {
             "num_cpus": config.worker_cpus,
             "num_gpus": config.worker_gpus,
-            "runtime_env": {"env_vars": config.env},
+            "runtime_env": {"env_vars": _worker_env(config)},
         }
         self.workers = [
             ExpertWorker.options(name=f"{self._run}/expert-worker-{rank}", **named, **resources).remote(rank, self._job)
@@ -75,6 +79,7 @@ class WorkerGroup:
         meeting, *_ = self._gather([worker.rendezvous.remote() for worker in self.workers], "could not be placed")
         measurements = self._gather([worker.start.remote(meeting) for worker in self.workers], "did not start")
         self.facts = measurements
+        self._advanced = measurements[0].next_step
         ray.get(self.controller.register.remote(self.workers, measurements), timeout=self._timeout_s)
 
     def train(self) -> Iterator[StepSummary]:
@@ -97,8 +102,15 @@ class WorkerGroup:
 
     def advance(self, num_steps: int) -> list[StepSummary]:
         """Some steps and no more, all workers together."""
-        by_rank = self._gather([worker.advance.remote(num_steps) for worker in self.workers], "did not finish")
-        return [summarise(list(reports), self._job.owners) for reports in zip(*by_rank, strict=True)]
+        known = self._advanced
+        calls = [worker.advance.remote(num_steps, self.controller) for worker in self.workers]
+        self._gather(calls, "did not finish")
+        self._advanced += num_steps
+        steps: list[StepSummary] = []
+        while len(steps) < num_steps:
+            # reports come a moment after the calls end
+            steps = ray.get(self.controller.progress.remote(known), timeout=self._timeout_s)
+        return steps
 
     def save(self, path: Path) -> None:
         """Writes the trained model as a Hugging Face directory."""
@@ -137,6 +149,10 @@ class WorkerGroup:
             if actor is not None:
                 ray.kill(actor)
         self.workers, self._controller = [], None
+
+
+def _worker_env(config: TrainConfig) -> dict[str, str]:
+    return (_KEEP_FREED_MEMORY if config.worker_gpus == 0 else {}) | config.env
 
 
 def _failures(running: dict[ray.ObjectRef, int], wait_s: float) -> dict[int, RayError]:

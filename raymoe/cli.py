@@ -102,6 +102,23 @@ def kernels(
     bench_kernels(shapes, tokens, tune, output, shown_console(), json)
 
 
+@bench.command(name="train")
+def bench_train(
+    workers: Annotated[int, typer.Option(min=1)] = 2,
+    load: Annotated[str, typer.Option(help="balanced, hot and smartmoe, comma-separated.")] = "balanced,hot,smartmoe",
+    policies: Annotated[
+        str | None, typer.Option(help="Placement policies; name:dispatch for another dispatch.")
+    ] = None,
+    rivals: Annotated[str, typer.Option(help="Other systems, see raymoe.benchmarks.train_rivals.")] = "",
+    steps: Annotated[int, typer.Option(min=2, help="Timed steps of each system under each load.")] = 8,
+    json: Json = None,
+) -> None:
+    """Time training steps under placement policies and in other systems, in turns, on one workload."""
+    from raymoe.commands.bench import bench_train as run
+
+    run(workers, load, policies, rivals, steps, shown_console(), shown_command(), json)
+
+
 def main() -> None:
     """Entry point: bad input and failed runs are one clear message on stderr, not a traceback."""
     logging.basicConfig(level=env.log_level(), format="%(levelname)s %(name)s: %(message)s")

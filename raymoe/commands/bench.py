@@ -35,6 +35,24 @@ def bench_kernels(
     )
 
 
+def bench_train(
+    workers: int,
+    loads: str,
+    policies: str | None,
+    rivals: str,
+    steps: int,
+    console: Console,
+    command: str,
+    json: Path | None,
+) -> None:
+    """Times training; see `raymoe.benchmarks.train`. Raises: ValueError, an unknown name."""
+    from raymoe.benchmarks import train as benchmark
+
+    names = policies.split(",") if policies else list(benchmark.POLICIES)
+    others = [name for name in rivals.split(",") if name]
+    benchmark.run(workers, names, loads.split(","), others, steps, console, command, json)
+
+
 def _on_cuda(shapes: str | None, tokens: str | None, tune: bool, output: Path, json: Path | None) -> None:
     from raymoe.benchmarks import kernels_gpu
     from raymoe.errors import RunFailed

@@ -18,7 +18,7 @@ import numpy as np
 from raymoe.placement.cluster import ClusterSpec
 from raymoe.placement.cost import exposed
 from raymoe.placement.loads import LOAD_SCALE
-from raymoe.placement.plan import Timing
+from raymoe.placement.plan import Dispatch, Timing
 from raymoe.placement.workload import Workload
 
 _COUNTED_RANKS = 128
@@ -43,6 +43,7 @@ def prefix_times(
     cluster: ClusterSpec,
     *,
     timing: Timing = "hidden",
+    dispatch: Dispatch = "local",
     everywhere_LE: np.ndarray | None = None,
 ) -> PrefixTimes:
     """Times of all t.
@@ -51,6 +52,7 @@ def prefix_times(
         owners_LE: int64 [L, E].
         loads_LE: int64 [L, E], rows in units of 1/``LOAD_SCALE``.
         timing: what transfers hide behind, as in ``Plan``.
+        dispatch: ``level``, or any other word for ``local``.
         everywhere_LE: bool, experts that have been brought everywhere; the others would come late, after the gate, and
             nothing hides them in forward. None: the gate has not spoken, and copies travel behind attention.
     """
@@ -62,13 +64,15 @@ def prefix_times(
     num_there_L = there_LE.sum(axis=1)
     t = np.arange(num_experts + 1)
     planned_LT = np.minimum(t, num_there_L[:, None]) if is_late else np.broadcast_to(t, (num_layers, num_experts + 1))
-    compute_LT = hot.compute_ns()
+    is_level = dispatch == "level" and cluster.num_devices > 1
+    compute_LT = hot.level_compute_ns() if is_level else hot.compute_ns()
+    exchange_LT = hot.all_to_all_ns() + (hot.levelling_ns() if is_level else 0.0)
     gather_LT = hot.collective_ns(planned_LT, workload.expert_bytes)
     reduce_LT = hot.collective_ns(t[None], workload.gradient_bytes)
     late_LT = hot.collective_ns(t[None], workload.expert_bytes) - gather_LT if is_late else np.zeros_like(gather_LT)
     back_LT = reduce_LT + workload.rematerialise * (gather_LT + late_LT)
     moe_LT = (
-        workload.exchanges * hot.all_to_all_ns()
+        workload.exchanges * exchange_LT
         + workload.forwards * compute_LT
         + late_LT
         + exposed(gather_LT, back_LT, compute_LT, workload, cluster, timing)
@@ -100,6 +104,32 @@ class _Sorted:
         whole_LE = _tiles(-(-self.loads_LE // scale), tile)
         rows_LT = _after(np.cumsum(shared_LE, axis=1)) + self._busiest(_grouped_sums(self.owners_LE, whole_LE))
         return rows_LT * (self.workload.row_flops * 1e9 / cluster.flops_s)
+
+    def level_compute_ns(self) -> np.ndarray:
+        """One forward of the busiest device if rows of copied experts even out what devices compute."""
+        most_LT = self._owned_rest.max(axis=2)
+        mean_L = -(-self.loads_LE.sum(axis=1) // self.cluster.num_devices)
+        rows_LT = np.where(np.arange(most_LT.shape[1]) > 0, np.maximum(most_LT, mean_L[:, None]), most_LT)
+        tile, scale = self.cluster.tile_rows, LOAD_SCALE
+        return _tiles(-(-rows_LT // scale), tile) * (self.workload.row_flops * 1e9 / self.cluster.flops_s)
+
+    def levelling_ns(self) -> np.ndarray:
+        """One exchange of the rows that leave their own rank to even devices out: what the fullest has above the mean."""
+        cluster, rest = self.cluster, self._owned_rest
+        over_LT = rest.max(axis=2) - rest.sum(axis=2) // cluster.num_devices
+        over_LT[:, 0] = 0
+        slowest = (
+            cluster.intra_bytes_s if cluster.num_nodes == 1 else min(cluster.intra_bytes_s, cluster.budget_bytes_s)
+        )
+        return over_LT * (self.workload.row_bytes * 1e9 / (LOAD_SCALE * slowest))
+
+    @cached_property
+    def _owned_rest(self) -> np.ndarray:
+        """By t, load of the experts that each device owns and that are not among the first t: int64 [L, E + 1, D]."""
+        owned_LED = (self.owners_LE[..., None] == np.arange(self.cluster.num_devices)) * self.loads_LE[..., None]
+        so_far = np.zeros((len(owned_LED), owned_LED.shape[1] + 1, owned_LED.shape[2]), dtype=np.int64)
+        np.cumsum(owned_LED, axis=1, out=so_far[:, 1:])
+        return so_far[:, -1:] - so_far
 
     def all_to_all_ns(self) -> np.ndarray:
         """One exchange of the rest's rows, a token counted once a rank."""

@@ -14,7 +14,7 @@ from raymoe.placement.benefit import PrefixTimes, prefix_times
 from raymoe.placement.cost import exchange_ns, move_links
 from raymoe.placement.loads import LOAD_SCALE
 from raymoe.placement.materialise import materialise, overlap_degree
-from raymoe.placement.plan import Base, LayerPlan, Plan, Timing, owned
+from raymoe.placement.plan import Base, Dispatch, LayerPlan, Plan, Timing, owned
 from raymoe.placement.policy import PolicyDefaults, expected_loads
 from raymoe.placement.sharding import heterogeneous_owners
 from raymoe.placement.state import PlacementState
@@ -81,6 +81,7 @@ class Fssdp(PolicyDefaults):
     source = "Hecate (arXiv 2502.02581) with a cost-benefit overlap degree of our own"
     interval: int | None = RESHARD_INTERVAL
     calibrates = True
+    dispatch: Dispatch = "local"
 
     def needs_costs(self, overlap_degree: int | None) -> bool:
         """Always: it weighs them."""
@@ -91,7 +92,7 @@ class Fssdp(PolicyDefaults):
         them; else Algorithm 1 fills the slots if that is faster than fewer experts everywhere."""
         loads = expected_loads(history, state)
         owners = state.base.owners
-        times = _times(owners, loads, state)
+        times = self._times(owners, loads, state)
         best_L = _best(times, state)
         copies = everywhere(owned(owners, state.cluster.num_devices), times.order_LE, best_L)
         wanted_L = np.argmin(times.moe_LT, axis=1)
@@ -101,7 +102,7 @@ class Fssdp(PolicyDefaults):
             many_ns = uniform_moe_ns(owners[layer], filled, loads[layer], state.workload, state.cluster, TIMING)
             if many_ns < times.moe_LT[layer, best_L[layer]]:
                 copies[layer] = filled
-        return Plan.of(state.base, copies, state.workload, timing=TIMING)
+        return Plan.of(state.base, copies, state.workload, dispatch=self.dispatch, timing=TIMING)
 
     def calibrate(self, layer: int, loads: np.ndarray, plan: Plan, state: PlacementState) -> LayerPlan:
         """Further experts everywhere, late, if the layer's modelled time falls by ``CALIBRATION_MARGIN`` even so."""
@@ -112,7 +113,7 @@ class Fssdp(PolicyDefaults):
         free = state.extra_slots - int(np.max(planned.extra_copies().sum(axis=0)))
         there = int(everywhere_E.sum())
         loads_E = loads.sum(axis=0, dtype=np.int64) * LOAD_SCALE
-        times = _times(planned.owners[None], loads_E[None], state, everywhere_E[None])
+        times = self._times(planned.owners[None], loads_E[None], state, everywhere_E[None])
         allowed_T = times.moe_LT[0, there : there + max(free, 0) + 1]
         best = int(np.argmin(allowed_T))
         if allowed_T[best] > (1 - CALIBRATION_MARGIN) * allowed_T[0]:
@@ -127,15 +128,28 @@ class Fssdp(PolicyDefaults):
         owners, cluster = state.base.owners, state.cluster
         if cluster.num_devices == 1 or not loads.any():
             return state.base
-        now = _times(owners, loads, state)
+        now = self._times(owners, loads, state)
         best_L = _best(now, state)
         others = heterogeneous_owners(loads, best_L, cluster, owners)
-        then = _times(others, loads, state)
+        then = self._times(others, loads, state)
         layers = np.arange(len(best_L))
         gain_ns = float((now.moe_LT[layers, best_L] - then.moe_LT[layers, _best(then, state)]).sum())
         moved = Base.of_owners(others, cluster.num_devices)
         move_ns = exchange_ns(move_links(state.base, moved, state.workload, cluster), cluster)
         return moved if gain_ns * RESHARD_INTERVAL > move_ns else state.base
+
+    def _times(
+        self, owners: np.ndarray, loads: np.ndarray, state: PlacementState, everywhere_LE: np.ndarray | None = None
+    ) -> PrefixTimes:
+        return prefix_times(
+            owners,
+            loads,
+            state.workload,
+            state.cluster,
+            timing=TIMING,
+            dispatch=self.dispatch,
+            everywhere_LE=everywhere_LE,
+        )
 
 
 class FssdpRemat(Fssdp):
@@ -143,6 +157,13 @@ class FssdpRemat(Fssdp):
 
     name = "fssdp-rm"
     rematerialise = True
+
+
+class FssdpLevel(Fssdp):
+    """The cost-benefit form with rows of copied experts sent to where there is least to do: fewer copies even devices out."""
+
+    name = "fssdp-level"
+    dispatch = "level"
 
 
 class FssdpKnown(Fssdp):
@@ -166,12 +187,6 @@ def everywhere(copies_LED: np.ndarray, order_LE: np.ndarray, num_L: np.ndarray) 
     np.put_along_axis(chosen_LE, order_LE, np.arange(order_LE.shape[1]) < num_L[:, None], 1)
     copies_LED[chosen_LE] = 1
     return copies_LED
-
-
-def _times(
-    owners: np.ndarray, loads: np.ndarray, state: PlacementState, everywhere_LE: np.ndarray | None = None
-) -> PrefixTimes:
-    return prefix_times(owners, loads, state.workload, state.cluster, timing=TIMING, everywhere_LE=everywhere_LE)
 
 
 def _best(times: PrefixTimes, state: PlacementState) -> np.ndarray:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from raymoe.placement.fssdp import Fssdp, FssdpKnown, FssdpPaper, FssdpPaperRemat, FssdpRemat
+from raymoe.placement.fssdp import Fssdp, FssdpKnown, FssdpLevel, FssdpPaper, FssdpPaperRemat, FssdpRemat
 from raymoe.placement.policy import ExpertParallel, Policy
 from raymoe.placement.rivals import RIVALS
 
-_OURS: tuple[Policy, ...] = (ExpertParallel(), FssdpPaper(), FssdpPaperRemat(), Fssdp(), FssdpRemat(), FssdpKnown())
+_OURS: tuple[Policy, ...] = (
+    ExpertParallel(),
+    FssdpPaper(),
+    FssdpPaperRemat(),
+    Fssdp(),
+    FssdpRemat(),
+    FssdpLevel(),
+    FssdpKnown(),
+)
 _POLICIES: dict[str, Policy] = {each.name: each for each in (*_OURS, *RIVALS)}
 
 

@@ -67,7 +67,7 @@ class ExpertLayer:
     ):
         self.layer, self.index = layer, layer.index
         self.before_backward, self.after_backward = before_backward, after_backward
-        self._pool, self._world, self._watch = pool, world, watch
+        self._pool, self._world, self.watch = pool, world, watch
         self.rows_E = torch.zeros(layer.num_experts, dtype=torch.int64, device=world.device)
         """int64 [E]: rows that this rank's own tokens took in this step."""
         self.computed_rows = torch.zeros((), dtype=torch.int64, device=world.device)
@@ -98,7 +98,7 @@ class ExpertLayer:
     def await_gather(self) -> None:
         """Waits for the copies."""
         if self._gathering is not None:
-            with self._watch.exposed():
+            with self.watch.exposed():
                 self._gathering.wait()
             self._gathering = None
 
@@ -114,14 +114,14 @@ class ExpertLayer:
     def await_reduce(self) -> None:
         """Waits until the owners have the sums of what was sent."""
         if self._reducing is not None:
-            with self._watch.exposed():
+            with self.watch.exposed():
                 self._reducing.wait()
             self._reducing = None
 
     def share_gradients(self) -> None:
         """Gives replicas that live elsewhere the owners' sums, so that all of them make the same update."""
         assert self.placed.resident is not None
-        with self._watch.exposed():
+        with self.watch.exposed():
             self._gather(self._beside_owners(self.placed.resident), self._pool.gradients).wait()
 
     def forward(
@@ -159,18 +159,18 @@ class ExpertLayer:
         """Settles which rank computes each row, after late copies if the policy wants some."""
         step, rank = self._step, self._world.rank
         if self._table is not None:
-            with self._watch.planning():
+            with self.watch.planning():
                 counts_ED = self._table.counts(rows_E.cpu().numpy()[None])[0]
         else:
             rows_DE = self._rows_of_all(rows_E)
-            with self._watch.planning():
+            with self.watch.planning():
                 late = self._calibrate(rows_DE)
             if late is not None:
-                with self._watch.exposed():
+                with self.watch.exposed():
                     self._gather(late, self._pool.parameters).wait()
-            with self._watch.planning():
+            with self.watch.planning():
                 counts_ED = dispatch_counts(rows_DE, self.placed, step.state.cluster, step.plan.dispatch)[rank]
-        with self._watch.planning():
+        with self.watch.planning():
             ranks = assign(expert_index.flatten().cpu().numpy(), counts_ED)
             rank_TK = torch.from_numpy(ranks).to(expert_index.device).view_as(expert_index)
         return make_routes(rank_TK, self._world)
@@ -217,7 +217,7 @@ class ExpertLayer:
         if not is_counted:
             return _LocalExperts.apply(hidden, expert_weight, slot, self)
         self.computed_rows += (slot < self._pool.num_slots).sum()
-        with self._watch.experts(self.index):
+        with self.watch.experts(self.index):
             return _LocalExperts.apply(hidden, expert_weight, slot, self)
 
     def _place(self, placed: LayerPlan) -> None:
@@ -263,7 +263,8 @@ class _LocalExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         ctx.layer.before_backward(ctx.layer)
-        torch.autograd.backward(ctx.root, gradient)
+        with ctx.layer.watch.experts_backward():
+            torch.autograd.backward(ctx.root, gradient)
         ctx.layer.after_backward(ctx.layer)
         # with a gradient for both, always: what follows exchanges them with ranks that wait for it
         gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in ctx.inputs]

@@ -1,7 +1,9 @@
 """A training run as files: what every rank needs, written once by the driver, on storage that all workers see."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from raymoe.cluster_file import ClusterConfig
 from raymoe.config import ConfigError, TrainConfig, load_config
 from raymoe.models import CheckpointWriter, MoELayer, load_without_experts, moe_layers, router_losses
 from raymoe.placement import ClusterSpec, Workload, check_owners, even_owners, policy
-from raymoe.training.batches import open_batches
+from raymoe.training.batches import Batch, open_batches
 from raymoe.training.checkpoint import resume_path
 from raymoe.training.data.prepare import PreparedData, prepare_data
 from raymoe.training.micros import num_micros
@@ -109,6 +111,27 @@ class TrainJob:
             identity={"seed": config.seed, "batch": config.batch, "data.sequence_length": config.data.sequence_length},
         )
 
+    def batches(self) -> Callable[[int], Batch]:
+        """The global batch of every step, as a rank reads it."""
+        config = self.config
+        return open_batches(
+            self.folder, sequence_length=config.data.sequence_length, global_batch=config.batch, seed=config.seed
+        ).batch
+
+    def build_trainer(self, world: World) -> Trainer:
+        """One rank's trainer, from the job's files; it goes on where the checkpoint to resume from ends."""
+        saved = saved_placement(self.resumes, world.size) if self.resumes else None
+        if saved is not None:
+            publication, base = saved
+        else:
+            publication = self.first_publication(world.nodes)
+            base = first_base(publication, self.owners, world)
+        model, files = load_without_experts(self.model_path, DTYPES[self.config.model.dtype], world.device)
+        trainer = Trainer(model, files, world, self.trainer_config(publication), self.batches(), base)
+        if self.resumes is not None:
+            restore(trainer, self.resumes)
+        return trainer
+
 
 def prepare_text(config: TrainConfig, folder: Path) -> PreparedData:
     """Brings text and tokenizer to where ranks read them; see `prepare_data`."""
@@ -126,7 +149,12 @@ def prepare_job(config: TrainConfig, folder: Path, data: PreparedData) -> TrainJ
         CheckpointError: a checkpoint to go on from that cannot be used.
     """
     path = config.model.path or _write_initial(config, folder / "initial", data.tokenizer)
-    model_config = AutoConfig.from_pretrained(path, local_files_only=True)
+    return TrainJob(**job_fields(config, folder, path))
+
+
+def job_fields(config: TrainConfig, folder: Path, model_path: Path) -> dict[str, Any]:
+    """The fields of a `TrainJob` that starts from a Hugging Face directory. Raises: as `prepare_job`."""
+    model_config = AutoConfig.from_pretrained(model_path, local_files_only=True)
     layers, total_parameters = _shape_of(model_config)
     try:
         num_micros(config.batch, config.workers, config.micro_batch)
@@ -134,41 +162,22 @@ def prepare_job(config: TrainConfig, folder: Path, data: PreparedData) -> TrainJ
         raise ConfigError(str(error)) from None
     losses = router_losses(model_config)
     checkpoint = config.checkpoint
-    return TrainJob(
-        config=config,
-        folder=folder,
-        model_path=path,
-        owners=_owners(config, len(layers), layers[0].num_experts),
-        balance_weight=losses.balance if config.balance_loss is None else config.balance_loss,
-        z_weight=losses.z if config.z_loss is None else config.z_loss,
-        num_experts=layers[0].num_experts,
-        num_layers=len(layers),
-        workload=_workload(layers[0], model_config.get_text_config().hidden_size, config.model.dtype),
-        expert_parameters=sum(
+    return {
+        "config": config,
+        "folder": folder,
+        "model_path": model_path,
+        "owners": _owners(config, len(layers), layers[0].num_experts),
+        "balance_weight": losses.balance if config.balance_loss is None else config.balance_loss,
+        "z_weight": losses.z if config.z_loss is None else config.z_loss,
+        "num_experts": layers[0].num_experts,
+        "num_layers": len(layers),
+        "workload": _workload(layers[0], model_config.get_text_config().hidden_size, config.model.dtype),
+        "expert_parameters": sum(
             layer.num_experts * sum(field.numel for field in layer.layout.fields) for layer in layers
         ),
-        total_parameters=total_parameters,
-        resumes=resume_path(checkpoint.folder, checkpoint.resume) if checkpoint.folder else None,
-    )
-
-
-def build_trainer(job: TrainJob, world: World) -> Trainer:
-    """One rank's trainer, from the job's files; it goes on where the checkpoint to resume from ends."""
-    config = job.config
-    saved = saved_placement(job.resumes, world.size) if job.resumes else None
-    if saved is not None:
-        publication, base = saved
-    else:
-        publication = job.first_publication(world.nodes)
-        base = first_base(publication, job.owners, world)
-    model, files = load_without_experts(job.model_path, DTYPES[config.model.dtype], world.device)
-    batches = open_batches(
-        job.folder, sequence_length=config.data.sequence_length, global_batch=config.batch, seed=config.seed
-    )
-    trainer = Trainer(model, files, world, job.trainer_config(publication), batches.batch, base)
-    if job.resumes is not None:
-        restore(trainer, job.resumes)
-    return trainer
+        "total_parameters": total_parameters,
+        "resumes": resume_path(checkpoint.folder, checkpoint.resume) if checkpoint.folder else None,
+    }
 
 
 def _owners(config: TrainConfig, num_layers: int, num_experts: int) -> np.ndarray:

@@ -3,11 +3,13 @@
 N tokens, V vocabulary, L MoE layers, E experts.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raymoe.models import MoELayer
+from raymoe.models import MoELayer, router_logits
 
 _LEFT_OUT = -100
 
@@ -32,7 +34,7 @@ class RouterLogits:
     def __init__(self, layers: list[MoELayer]):
         self._logits: list[Tensor] = []
         self.is_keeping = True
-        self._hooks = [layer.router.register_forward_hook(self._keep) for layer in layers]
+        self._hooks = [layer.router.register_forward_hook(partial(self._keep, layer)) for layer in layers]
 
     def take(self) -> list[Tensor]:
         """[N, E] of every layer, in forward order."""
@@ -43,9 +45,9 @@ class RouterLogits:
         for hook in self._hooks:
             hook.remove()
 
-    def _keep(self, _module, _inputs, outputs) -> None:
+    def _keep(self, layer: MoELayer, _module, _inputs, outputs) -> None:
         if self.is_keeping:
-            self._logits.append(outputs[0])
+            self._logits.append(router_logits(layer, outputs))
 
 
 def balance_loss(router_logits: list[Tensor], loads: Tensor, num_positions: int) -> Tensor:

@@ -37,5 +37,7 @@ class StepReport:
     """Waiting for expert parameters and gradients."""
     attention_ns: int
     """From a block's start to its experts: the median over layers; 0 if the step was not timed."""
-    row_ns: float
-    """Forward computation of one routed row in its expert: the mean over layers; 0 if the step was not timed."""
+    experts_ns: int
+    """Forward computation of `computed_rows` in all layers. On CUDA it says something only in steps that were timed."""
+    experts_backward_ns: int
+    """The same of the backward pass, recomputation apart."""

@@ -17,6 +17,8 @@ class Stopwatch:
         """From a block's start to its experts in the last exact step, by layer."""
         self.experts_ns = [0] * num_layers
         """Forward computation of the experts in the step under way, by layer."""
+        self.backward_ns = 0
+        """Backward computation of the experts in the step under way."""
         self._block_started_ns = [0] * num_layers
         self.planning_ns = 0
         """Planning and bookkeeping: what placement costs besides moving things."""
@@ -27,7 +29,7 @@ class Stopwatch:
         """Args: is_exact: what the cost model asks for is wanted; a CUDA device is synchronised for it."""
         self._is_exact = is_exact
         self.experts_ns = [0] * len(self.experts_ns)
-        self.planning_ns = self.exposed_ns = 0
+        self.planning_ns = self.exposed_ns = self.backward_ns = 0
 
     @contextmanager
     def planning(self) -> Iterator[None]:
@@ -52,6 +54,12 @@ class Stopwatch:
         started_ns = self._now_ns()
         yield
         self.experts_ns[layer] += self._now_ns() - started_ns
+
+    @contextmanager
+    def experts_backward(self) -> Iterator[None]:
+        started_ns = self._now_ns()
+        yield
+        self.backward_ns += self._now_ns() - started_ns
 
     def _now_ns(self) -> int:
         if self._is_exact and self._device.type == "cuda":

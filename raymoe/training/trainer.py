@@ -159,7 +159,8 @@ class Trainer:
             planning_ns=planning_ns + watch.planning_ns,
             exposed_ns=watch.exposed_ns,
             attention_ns=int(np.median(watch.attention_ns)) if is_timed else 0,
-            row_ns=sum(watch.experts_ns) / max(int(computed_rows.sum()), 1) if is_timed else 0.0,
+            experts_ns=sum(watch.experts_ns),
+            experts_backward_ns=watch.backward_ns,
         )
 
     def state_bytes(self) -> dict[str, int]:
@@ -180,7 +181,8 @@ class Trainer:
         rows = experts.rows() - rows_before
         self.placing.share(rows, plan)
         loads += rows
-        token_loss = token_loss_sum(*prediction) / num_counted
+        # a batch of prompts alone has nothing to learn
+        token_loss = token_loss_sum(*prediction) / max(num_counted, 1)
         # router losses are means over a pass, and passes count by their tokens
         num_positions = micro.num_sequences * positions(self.model, self.moe_layers, micro.batch.counts.shape[1])
         share = micro.num_sequences / num_sequences

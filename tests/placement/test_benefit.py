@@ -61,6 +61,36 @@ def test_every_prefix_is_what_the_cost_model_says(layer, fan_out, rematerialise)
         assert times.moe_LT[0, t] == pytest.approx(expected.moe_ns, rel=0.01)
 
 
+@settings(max_examples=200, deadline=None)
+@given(layers())
+def test_level_prefixes_are_what_the_cost_model_says_of_computation(layer):
+    cluster, owners, each = layer
+    loads = each * cluster.num_devices * LOAD_SCALE
+    # computation alone: the closed form of what travels takes it that nobody's rows fit better than others'
+    workload = replace(LAYER, row_bytes=1, expert_bytes=1, gradient_bytes=1, row_flops=10**6)
+    times = prefix_times(owners[None], loads[None], workload, cluster, dispatch="level")
+    for t in range(each.size + 1):
+        copies = owned(owners, cluster.num_devices)
+        copies[times.order_LE[0, :t]] = 1
+        rows_DE = np.tile(each, (cluster.num_devices, 1))
+        expected = layer_cost(LayerPlan(owners, copies), rows_DE, workload, cluster, dispatch="level")
+        # whole rows, and tiles, of every expert on its own
+        slack_ns = workload.forwards * (each.size + 1) * cluster.tile_rows * workload.row_flops
+        assert abs(times.moe_LT[0, t] - expected.moe_ns) <= slack_ns + 0.02 * expected.moe_ns
+
+
+def test_level_needs_half_the_copies_where_one_rank_owns_all_that_is_asked_for():
+    cluster = ClusterSpec.even(1, 2, intra_bytes_s=10**9, latency_ns=50, flops_s=10**9)
+    owners, loads = np.repeat([0, 1], 4)[None], np.array([[100] * 4 + [0] * 4]) * LOAD_SCALE
+    # nothing to hide copies behind
+    workload = replace(LAYER, row_flops=10**6, attention_ns=0)
+    best = {
+        word: int(prefix_times(owners, loads, workload, cluster, dispatch=word).moe_LT.argmin())
+        for word in ("local", "level")
+    }
+    assert best == {"local": 4, "level": 2}
+
+
 @given(layers())
 def test_no_copies_is_exactly_expert_parallelism(layer):
     cluster, owners, each = layer

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from raymoe.placement import ClusterSpec, DispatchTable, LayerPlan, assign, dispatch_counts
 from tests.placement.strategies import cluster_of, layer_plans, routed_rows
 
-WORDS = ["local", "node", "even", "capacity"]
+WORDS = ["local", "node", "even", "capacity", "level"]
 
 
 def sharers(layer: LayerPlan, e: int, rank: int, cluster: ClusterSpec, word: str) -> list[int]:
@@ -63,6 +63,33 @@ def test_capacity_keeps_what_a_rank_has_room_for(case):
         if layer.copies[e, rank]:
             taken = counts[:, e, rank].sum()
             assert counts[rank, e, rank] == min(rows_DE[rank, e], taken)
+
+
+@given(case=dispatches())
+def test_level_evens_out_what_ranks_compute_as_far_as_copies_everywhere_allow(case):
+    layer, cluster, rows_DE = case
+    computed_D = dispatch_counts(rows_DE, layer, cluster, "level").sum(axis=(0, 1))
+    everywhere = layer.copies.min(axis=1) == 1
+    if cluster.num_devices == 1 or not rows_DE[:, everywhere].sum():
+        return
+    elsewhere = LayerPlan(layer.owners[~everywhere], layer.copies[~everywhere]) if not everywhere.all() else None
+    fixed_D = np.zeros(cluster.num_devices, dtype=np.int64)
+    if elsewhere is not None:
+        fixed_D = dispatch_counts(rows_DE[:, ~everywhere], elsewhere, cluster, "level").sum(axis=(0, 1))
+    # water poured on what is fixed: those below the surface end level, but for whole rows of each expert
+    level = max(computed_D[computed_D > fixed_D], default=0)
+    slack = int(everywhere.sum()) + 1
+    assert (computed_D >= fixed_D).all()
+    assert (computed_D >= min(level, computed_D.max()) - slack).all()
+
+
+def test_level_by_hand():
+    # rank 0 owns experts 0 and 1; 1 is everywhere. 12 rows of 0 and 20 of 1, as many from each rank: level is at 16
+    layer = LayerPlan(np.array([0, 0]), np.array([[1, 0], [1, 1]], dtype=np.uint8))
+    counts = dispatch_counts(np.array([[6, 10], [6, 10]]), layer, cluster_of(2), "level")
+    assert counts[:, 0].tolist() == [[6, 0], [6, 0]]
+    # rank 0 takes 4 of its own, and sends 6 to rank 1
+    assert counts[:, 1].tolist() == [[4, 6], [0, 10]]
 
 
 def test_capacity_stays_on_the_node_where_it_can():

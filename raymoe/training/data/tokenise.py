@@ -94,14 +94,23 @@ class Tokenising:
         pool = ProcessPoolExecutor(
             self._processes, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(self._spec,)
         )
-        waiting: deque[tuple[list[AnyExample], Future[Encoded]]] = deque()
+        waiting: deque[tuple[str, Future[Encoded]]] = deque()
+        name = ""
         try:
             for chunk in chunks:
-                waiting.append((chunk, pool.submit(_encode, chunk)))
+                name = waiting[0][0] if waiting else chunk[0].name
+                waiting.append((chunk[0].name, pool.submit(_encode, chunk)))
                 if len(waiting) >= 2 * self._processes:
-                    yield _result(*waiting.popleft())
+                    name, future = waiting.popleft()
+                    yield future.result()
             while waiting:
-                yield _result(*waiting.popleft())
+                name, future = waiting.popleft()
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise TokeniserDied(
+                f"a process that tokenises died, at {name} or soon after: {error} "
+                "If memory ran out, lower data.tokenizer_processes."
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -109,16 +118,6 @@ class Tokenising:
 def default_processes() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _result(chunk: list[AnyExample], future: "Future[Encoded]") -> Encoded:
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise TokeniserDied(
-            f"a process that tokenises died, at {chunk[0].name} or soon after: {error} "
-            "If memory ran out, lower data.tokenizer_processes."
-        ) from error
 
 
 _encoder: Callable[[Any], Encoded] | None = None
