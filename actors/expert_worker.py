@@ -21,6 +21,9 @@ from raymoe.training.data.prepare import TOKENIZER_FOLDER
 from raymoe.training.export import write_model
 from raymoe.training.job import TrainJob
 from raymoe.training.link_probe import LinkMeasurement, LinkProbe
+from raymoe.training.lora import MergedWriter
+from raymoe.training.lora_files import write_adapters
+from raymoe.training.profile import profiled_steps
 from raymoe.training.publication import Publication
 from raymoe.training.report import StepReport
 from raymoe.training.state import TrainerState
@@ -84,14 +87,21 @@ class ExpertWorker:
         """Trains to the last step; every step's report goes to the controller."""
         job, trainer = self._job, self._trainer
         assert trainer is not None, "start() comes first"
-        trace_path = job.folder / "trace" / f"rank-{self._rank}.parquet"
+        first = trainer.next_step
+        name = f"rank-{self._rank}" + (f"-from-{first}" if first else "")
+        trace_path = job.folder / "trace" / f"{name}.parquet"
         trace_path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with (
                 _checkpointing(job, trainer) as save,
                 TraceWriter(trace_path, job.num_layers, job.num_experts, choices=job.workload.choices) as trace,
-            ):
+                profiled_steps(
+                    trainer.experts.watch.timeline, job.folder, self._rank, trainer.next_step, job.config.steps,
+                    job.config.profile_steps,
+                ) as profile,
+            ):  # fmt: skip
                 for step in range(trainer.next_step, job.config.steps):
+                    profile(step)
                     report = trainer.step(step)
                     trace.append(step, report.loads, rank=self._rank)
                     self._record(report)
@@ -112,11 +122,15 @@ class ExpertWorker:
     def save(self, path: Path) -> None:
         """Writes the whole model as a Hugging Face directory; every rank calls it, rank 0 writes."""
         assert self._trainer is not None, "start() comes first"
+        lora = self._job.config.lora
+        if lora is not None:
+            write_adapters(self._trainer, path.with_name("adapter"), lora, base=str(self._job.model_path))
         if self._rank > 0:
             write_model(self._trainer, None)
             return
         tokenizer = load_tokenizer(self._job.folder / TOKENIZER_FOLDER)
-        with CheckpointWriter(path, self._trainer.model, tokenizer, source=self._job.model_path) as writer:
+        kind = MergedWriter if lora is not None else CheckpointWriter
+        with kind(path, self._trainer.model, tokenizer, source=self._job.model_path) as writer:
             write_model(self._trainer, writer)
 
     @ray.method(concurrency_group="control")

@@ -103,7 +103,7 @@ class WorkerGroup:
     def advance(self, num_steps: int) -> list[StepSummary]:
         """Some steps and no more, all workers together."""
         known = self._advanced
-        calls = [worker.advance.remote(num_steps, self.controller) for worker in self.workers]
+        calls: list[ray.ObjectRef] = [worker.advance.remote(num_steps, self.controller) for worker in self.workers]
         self._gather(calls, "did not finish")
         self._advanced += num_steps
         steps: list[StepSummary] = []

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import OlmoeForCausalLM
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from raymoe.benchmarks.train_rival_common import GivenRouting, Step, token_loss
 from raymoe.benchmarks.train_workload import TrainWorkload
@@ -52,6 +52,8 @@ def _clip(parameters: list[torch.nn.Parameter], max_norm: float) -> None:
     """`clip_grad_norm_` refuses parameters on different meshes. Every parameter is sharded, none is replicated: what is here of
     each of them, squared and summed over the workers, is the square of the norm."""
     shards = [parameter.grad.to_local() for parameter in parameters if isinstance(parameter.grad, DTensor)]
-    square = torch.stack(torch._foreach_norm(shards)).square().sum()
+    square = torch.stack([shard.norm() for shard in shards]).square().sum()
     dist.all_reduce(square)
-    torch._foreach_mul_(shards, (max_norm / (square.sqrt() + 1e-6)).clamp(max=1.0))
+    scale = (max_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
+    for shard in shards:
+        shard.mul_(scale)

@@ -20,7 +20,7 @@ def build(workload: TrainWorkload, rank: int, workers: int) -> Step:
     del rank
     model = workload.model()
     masters = [parameter.detach().clone().requires_grad_() for parameter in model.parameters()]
-    model = model.to(torch.bfloat16)
+    model.to(torch.bfloat16)  # pyright: ignore[reportArgumentType, reportCallIssue]  (transformers wraps nn.Module.to)
     parameters = list(model.parameters())
     routing = GivenRouting(model)
     optimizer = torch.optim.AdamW(masters, lr=workload.learning_rate, weight_decay=workload.weight_decay, fused=True)
@@ -35,7 +35,8 @@ def build(workload: TrainWorkload, rank: int, workers: int) -> Step:
         torch.nn.utils.clip_grad_norm_(masters, workload.clip_norm)
         optimizer.step()
         with torch.no_grad():
-            torch._foreach_copy_(parameters, masters)
+            for master, parameter in zip(masters, parameters, strict=True):
+                parameter.copy_(master)
         return loss.item()
 
     return step

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import Pipe
 from types import MappingProxyType
 from typing import Any
 
@@ -106,7 +106,7 @@ class RivalGroup:
         """Mean loss of every step so far, nats a token."""
         self._timeout_s = timeout_s
         self._log = tempfile.TemporaryFile()  # noqa: SIM115, closed by close()
-        self._connections: list[Connection] = []
+        self._connections: list[Any] = []
         self._processes: list[subprocess.Popen] = []
         port = _free_port()
         try:

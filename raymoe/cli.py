@@ -37,11 +37,16 @@ def demo(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file.")], overrides: Overrides = None, json: Json = None
+    config: Annotated[Path, typer.Argument(help="YAML file.")],
+    overrides: Overrides = None,
+    json: Json = None,
+    profile: Annotated[int | None, typer.Option(min=1, help="Steps to trace with the torch profiler.")] = None,
 ) -> None:
     """Train the model that CONFIG describes."""
     from raymoe.config import TrainConfig, load_config
 
+    if profile is not None:
+        overrides = [*(overrides or []), f"profile_steps={profile}"]
     checked = load_config(TrainConfig, config, overrides)
     # after the check: it imports torch, transformers and Ray
     from raymoe.commands.train import train as run

@@ -14,7 +14,8 @@ from raymoe.actors import ray_session
 from raymoe.commands.client import Completion, complete, get_json
 from raymoe.commands.progress import stage
 from raymoe.commands.serve import describe_engine
-from raymoe.commands.train import TrainingOutcome, result_meta, run_training, scores, step_rows, training_report
+from raymoe.commands.train import run_training
+from raymoe.commands.train_report import TrainingOutcome, result_meta, scores, step_rows, training_report
 from raymoe.config import ServeConfig, TrainConfig, parse_config
 from raymoe.serving.run import serving
 from raymoe.telemetry import Answer, Number, Serving, write_json, write_report
@@ -79,7 +80,7 @@ def run_demo(data: str, steps: int, output: Path, console: Console, command: str
     config = demo_config(data, steps, output)
     # Serve's proxy, gateway and engine share the cores once the workers are gone
     with ray_session(min_cpus=4, own=True) as dashboard_url:
-        training = run_training(config, console, dashboard_url)
+        training = run_training(config, console, dashboard_url, command)
         served = _serve_and_ask(training.checkpoint, console)
     _print_evaluation(training, console)
     report_path = output / "report.html"

@@ -5,16 +5,20 @@ names the dotted key. A component takes its own part, never the whole.
 """
 
 from raymoe.config.base import ConfigError, Strict
+from raymoe.config.checkpoint import CheckpointConfig
 from raymoe.config.data import DataConfig, TokenizerConfig
 from raymoe.config.load import load_config, parse_config
+from raymoe.config.lora import LoraConfig
 from raymoe.config.memory import parse_memory
 from raymoe.config.serve import ServeConfig
 from raymoe.config.train import ExpertsConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
+    "CheckpointConfig",
     "ConfigError",
     "DataConfig",
     "ExpertsConfig",
+    "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ServeConfig",

@@ -8,6 +8,8 @@ from pydantic import Field, field_validator, model_validator
 from raymoe.config.base import Strict
 from raymoe.config.checkpoint import CheckpointConfig
 from raymoe.config.data import DataConfig, TokenizerConfig
+from raymoe.config.logs import LogConfig
+from raymoe.config.lora import LoraConfig
 from raymoe.placement import trainable_names
 
 
@@ -119,7 +121,14 @@ class TrainConfig(Strict):
     """Weight of the load-balance loss; default: the model configuration's `router_aux_loss_coef`."""
     z_loss: float | None = Field(default=None, ge=0)
     """Weight of the routers' z-loss; default: the model configuration's `router_z_loss_coef`."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters, and nothing else."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    logs: list[LogConfig] = Field(default_factory=lambda: [LogConfig(name="jsonl")])
+    """Where the values of every step go: `jsonl` (`output/log.jsonl`), `tensorboard`, or a logger of another package. A name,
+    or a name with options: `[jsonl, {name: wandb, project: x}]`."""
+    profile_steps: int = Field(default=0, ge=0)
+    """Steps that each worker traces with the torch profiler, into `output/profile`; they take longer. `--profile` sets it."""
     seed: int = 0
     output: Path = Path("runs/train")
     """Where the checkpoint, the routing trace and the report go."""

@@ -36,6 +36,7 @@ def attach_runtime(model: PreTrainedModel, runtime: ExpertsRuntime) -> list[MoEL
     for layer in layers:
         if switch.is_switch_experts(layer.experts):
             switch.route_to_runtime(layer.experts, layer, runtime)
+            switch.settle_router(layer.router)
         layer.experts.__dict__ |= {"_raymoe_layer": layer, "_raymoe_runtime": runtime}
     return layers
 

@@ -34,6 +34,13 @@ def is_switch_router(module: nn.Module) -> bool:
     return isinstance(module, SwitchTransformersTop1Router)
 
 
+def settle_router(router: nn.Module) -> None:
+    """Brings the classifier to the dtype in which it computes: its first forward would do so in place, under the feet of
+    whoever holds its parameters."""
+    this: Any = router
+    this.classifier.to(this.dtype)
+
+
 def layout_of(experts: nn.Module) -> ExpertLayout:
     """`up_proj` [I, H] and `down_proj` [H, I] of one expert."""
     first: Any = experts.get_submodule("expert_0")

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,6 +31,7 @@ _SIDE_FILES = (
     "chat_template*",
     "additional_chat_templates/*",
 )
+_FIRST_EXPERT = re.compile(r"(\.experts\.(?:expert_)?)0\.")
 
 
 class CheckpointWriter:
@@ -237,13 +239,16 @@ class CheckpointWriter:
         dense = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         names = list(self._in_file_names({name: t for name, t in dense.items() if self._ties.get(name, name) == name}))
         for layer in self._layers:
-            one = layer.layout.views(torch.empty(1, layer.layout.numel, device="meta"))
-            views = {f"{layer.name}.{name}": view for name, view in one.items()}
-            for expert in range(layer.num_experts):
-                apart = self._apart(views, [expert])
-                names += list(views if apart is None else apart)
-                if apart is None:
-                    break
+            # the first expert's names stand for all: converting thousands of experts takes transformers many seconds
+            first = layer.layout.views(torch.empty(1, layer.layout.numel, device="meta"))
+            views = {f"{layer.name}.{name}": view for name, view in first.items()}
+            apart = self._apart(views, [0])
+            if apart is None:
+                names += views
+                continue
+            names += [
+                _FIRST_EXPERT.sub(rf"\g<1>{expert}.", name) for expert in range(layer.num_experts) for name in apart
+            ]
         return names
 
     def _finish(self) -> None:

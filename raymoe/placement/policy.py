@@ -32,6 +32,9 @@ class Policy(Protocol):
     calibrates: bool
     """Whether ``calibrate`` may answer anything but the plan: the runtime asks for every rank's rows only then."""
 
+    materialises: bool
+    """Whether its plans may hold copies that do not live where they are; without them no slots are kept free."""
+
     interval: int | None
     """Steps between calls of ``reshard``; None: never."""
 
@@ -68,6 +71,7 @@ class PolicyDefaults:
     assumed = ""
     rematerialise = False
     calibrates = False
+    materialises = True
     interval: int | None = None
     knows_loads = False
     keeps_whole = True
@@ -94,6 +98,7 @@ class ExpertParallel(PolicyDefaults):
 
     name = "ep"
     source = "GShard (arXiv 2006.16668)"
+    materialises = False
 
     def prepare(self, history: np.ndarray, state: PlacementState) -> Plan:
         """No copies, nothing moves; the history is not looked at."""

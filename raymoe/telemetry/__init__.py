@@ -10,7 +10,8 @@ from raymoe.telemetry.results import run_meta, write_json
 from raymoe.telemetry.trace import TRACE_VERSION, TraceWriter, trace_schema
 from raymoe.telemetry.trace_files import load_counts, read_trace
 
-_HOMES = dict.fromkeys(("Answer", "Number", "Report", "Score", "Serving", "Table", "Training"), "parts")
+_PARTS = ("Answer", "Event", "Number", "Report", "Score", "Serving", "Table", "Timeline", "Training")
+_HOMES = dict.fromkeys(_PARTS, "parts")
 _HOMES |= {"write_report": "report"}
 
 __all__ = [

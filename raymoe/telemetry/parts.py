@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from raymoe.telemetry.plots import Numbers
+from raymoe.telemetry.spans import Span
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,39 @@ class Training:
     device_imbalance: Numbers = ()
     """Busiest rank over the mean rank as it was computed: what placement leaves."""
 
+    exposed_s: Numbers = ()
+    """Waiting for expert parameters and gradients, on the rank that waited longest."""
+
+    planning_s: Numbers = ()
+    """Planning and bookkeeping, on the slowest rank."""
+
     def __post_init__(self) -> None:
         for curve in fields(self):
             length = len(getattr(self, curve.name))
             if length not in (0, len(self.step)):
                 raise ValueError(f"training.{curve.name} has {length} values for {len(self.step)} steps")
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that does not happen in every step."""
+
+    step: int
+    """Before or in which it happened."""
+
+    name: str
+
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """One step of one rank, span by span."""
+
+    spans: Sequence[Span]
+
+    note: str = ""
+    """Which step and rank, and where more of it is."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +167,11 @@ class Report:
     summary: Sequence[Number] = ()
 
     training: Training | None = None
+
+    events: Sequence[Event] = ()
+    """What happened, in order."""
+
+    timeline: Timeline | None = None
 
     loads: np.ndarray | None = None
     """Routed rows of each expert over the run, [L, E]."""

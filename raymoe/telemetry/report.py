@@ -12,7 +12,10 @@ import numpy as np
 from raymoe.telemetry import plots
 from raymoe.telemetry.files import write_text
 from raymoe.telemetry.page import figure, grid, meta_list, page, said, section, table, table_rows
-from raymoe.telemetry.parts import Answer, Number, Report, Score, Serving, Training
+from raymoe.telemetry.parts import Answer, Event, Number, Report, Score, Serving, Timeline, Training
+from raymoe.telemetry.plots_timeline import draw_timeline, timeline_height
+
+_MOST_EVENTS = 200
 
 
 def write_report(path: str | os.PathLike[str], report: Report) -> None:
@@ -25,6 +28,8 @@ def render(report: Report) -> str:
     sections = [
         section("In short", _summary(report.summary)),
         section("Training", _training(report.training)),
+        section("What happened", _events(report.events)),
+        section("Within a step", _timeline(report.timeline)),
         section("Where the tokens go", _loads(report.loads)),
         section("Evaluation", _evaluation(report.evaluation)),
         section("Serving", _serving(report.serving)),
@@ -47,7 +52,7 @@ def _summary(numbers: Sequence[Number]) -> str:
 def _training(training: Training | None) -> str:
     if training is None or len(training.step) == 0:
         return ""
-    return grid([*_curves(training), *_imbalance(training)])
+    return grid([*_curves(training), *_imbalance(training), *_overhead(training)])
 
 
 def _curves(training: Training) -> Iterable[str]:
@@ -84,6 +89,38 @@ def _imbalance(training: Training) -> Iterable[str]:
             curves, training.step, x_label="step", y_label="max / mean", is_smoothed=True, even_at=1, from_zero=True
         )
         yield figure("Imbalance", caption, draw, 3.4)
+
+
+def _overhead(training: Training) -> Iterable[str]:
+    step_s = plots.as_floats(training.step_s)
+    curves = {}
+    for label, values in (("waiting for experts", training.exposed_s), ("planning", training.planning_s)):
+        if step_s.size and len(values):
+            curves[label] = 100 * plots.as_floats(values) / step_s
+    if curves:
+        medians = ", ".join(f"{label} {said(np.nanmedian(values))} %" for label, values in curves.items())
+        draw = plots.lines(
+            curves, training.step, x_label="step", y_label="% of the step", is_smoothed=True, from_zero=True
+        )
+        yield figure("What placement costs", f"Of the slowest rank's step; medians: {medians}.", draw)
+
+
+def _events(events: Sequence[Event]) -> str:
+    rows = [{"step": event.step, "what": event.name, "": event.text} for event in events[:_MOST_EVENTS]]
+    if not rows:
+        return ""
+    more = len(events) - len(rows)
+    note = f'<p class="note">And {more} more.</p>' if more else ""
+    return f'<div class="card scroll">{table_rows(rows)}</div>{note}'
+
+
+def _timeline(timeline: Timeline | None) -> str:
+    if timeline is None or not timeline.spans:
+        return ""
+    start_ns = min(span.start_ns for span in timeline.spans)
+    end_ns = max(span.end_ns for span in timeline.spans)
+    caption = f"{said((end_ns - start_ns) / 1e6)} ms. {timeline.note}".strip()
+    return figure("One step of one rank", caption, draw_timeline(timeline.spans), timeline_height(timeline.spans))
 
 
 def _loads(loads: np.ndarray | None) -> str:

@@ -50,6 +50,8 @@ class ShardedDense:
             if isinstance(module, FSDPModule):
                 # the loss is a mean over all ranks' tokens already: gradients are summed
                 module.set_gradient_divide_factor(1.0)
+                # gloo knows no other reduction
+                module.set_force_sum_reduction_for_comms(True)
         self._world = world
         self._named = {name: cast(DTensor, model.get_parameter(name)) for name in named}
         self._states = {name: _rows_of(p, config) for name, p in self._named.items()}

@@ -30,6 +30,9 @@ from raymoe.training.sparse import Moves, Pending, Transport
 from raymoe.training.stopwatch import Stopwatch
 from raymoe.training.world import World
 
+# torch 2.13 has the new name, and warns of the old one
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -93,13 +96,17 @@ class ExpertLayer:
 
     def start_gather(self) -> None:
         """Starts to bring this step's copies into their slots."""
-        self._gathering = self._gather(self.placed.extra_copies(), self._pool.parameters)
+        extra_ED = self.placed.extra_copies()
+        if extra_ED.any():
+            self.watch.timeline.begin("gather", self.index, "gather")
+        self._gathering = self._gather(extra_ED, self._pool.parameters)
 
     def await_gather(self) -> None:
         """Waits for the copies."""
         if self._gathering is not None:
             with self.watch.exposed():
                 self._gathering.wait()
+            self.watch.timeline.end("gather", self.index)
             self._gathering = None
 
     def clear_copy_gradients(self) -> None:
@@ -108,7 +115,10 @@ class ExpertLayer:
 
     def start_reduce(self) -> None:
         """Starts to send the gradients of copies and replicas to the owners."""
-        moves = self._moves(self._beside_owners(self.placed.copies))
+        beside_ED = self._beside_owners(self.placed.copies)
+        if beside_ED.any():
+            self.watch.timeline.begin("reduce", self.index, "reduce")
+        moves = self._moves(beside_ED)
         self._reducing = self._step.transport.reduce(moves, self._rows(self._pool.gradients), self._world)
 
     def await_reduce(self) -> None:
@@ -116,6 +126,7 @@ class ExpertLayer:
         if self._reducing is not None:
             with self.watch.exposed():
                 self._reducing.wait()
+            self.watch.timeline.end("reduce", self.index)
             self._reducing = None
 
     def share_gradients(self) -> None:
@@ -177,7 +188,7 @@ class ExpertLayer:
 
     def _rows_of_all(self, rows_E: Tensor) -> np.ndarray:
         rows = rows_E.new_empty(self._world.size * len(rows_E))
-        dist.all_gather_into_tensor(rows, rows_E, group=self._world.tokens)
+        _all_gather(rows, rows_E, group=self._world.tokens)
         return rows.view(self._world.size, -1).cpu().numpy()
 
     def _calibrate(self, rows_DE: np.ndarray) -> np.ndarray | None:
@@ -206,11 +217,14 @@ class ExpertLayer:
             before()
             return self._compute(hidden, expert_index, expert_weight, is_counted)
         there, back = (routes.sends, routes.receives, world), (routes.receives, routes.sends, world)
-        index_MK = exchange(expert_index[routes.token_N].where(routes.is_there_NK, self.layer.num_experts), *there)
-        hidden_M = exchange(spread(hidden, routes), *there)
-        weight_MK = exchange(spread(expert_weight, routes), *there)
+        with self.watch.timeline.span("dispatch", self.index):
+            index_MK = exchange(expert_index[routes.token_N].where(routes.is_there_NK, self.layer.num_experts), *there)
+            hidden_M = exchange(spread(hidden, routes), *there)
+            weight_MK = exchange(spread(expert_weight, routes), *there)
         before()
-        return gather_sum(exchange(self._compute(hidden_M, index_MK, weight_MK, is_counted), *back), routes)
+        out = self._compute(hidden_M, index_MK, weight_MK, is_counted)
+        with self.watch.timeline.span("combine", self.index):
+            return gather_sum(exchange(out, *back), routes)
 
     def _compute(self, hidden: Tensor, expert_index: Tensor, expert_weight: Tensor, is_counted: bool) -> Tensor:
         slot = self._slot_table[expert_index]

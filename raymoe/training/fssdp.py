@@ -61,7 +61,8 @@ class SparseExperts:
         self.watch.begin_step(is_exact)
         self._step = step
         num_sets = min(2, len(self.layers)) if step.policy.rematerialise else len(self.layers)
-        num_copies = min(step.state.extra_slots, self.base.owners.shape[1]) if self.world.size > 1 else 0
+        has_copies = self.world.size > 1 and step.policy.materialises
+        num_copies = min(step.state.extra_slots, self.base.owners.shape[1]) if has_copies else 0
         self.reserve(num_copies, num_sets)
         self._set_holders = [None] * self.pool.num_sets
         with self.watch.planning():
@@ -87,6 +88,7 @@ class SparseExperts:
 
     def finish_backward(self) -> None:
         """Waits until every owner has what was sent to it in this pass."""
+        self.watch.timeline.end("attention backward", 0)
         for layer in reversed(self.layers):
             layer.await_reduce()
 
@@ -171,6 +173,7 @@ class SparseExperts:
                 self._start_gather(following)
 
     def _before_backward(self, layer: ExpertLayer) -> None:
+        self.watch.timeline.end("attention backward", layer.index + 1)
         self._fetch(layer)
         # two layers back: with re-materialisation its gradients lie in the same slots
         for later in self.layers[layer.index + 2 : layer.index + 3]:
@@ -179,6 +182,7 @@ class SparseExperts:
             layer.clear_copy_gradients()
 
     def _after_backward(self, layer: ExpertLayer) -> None:
+        self.watch.timeline.begin("attention backward", layer.index)
         if self._is_last or self._step.policy.rematerialise:
             layer.start_reduce()
         for earlier in self.layers[max(0, layer.index - 1) : layer.index]:

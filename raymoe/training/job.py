@@ -23,6 +23,8 @@ from raymoe.placement import ClusterSpec, Workload, check_owners, even_owners, p
 from raymoe.training.batches import Batch, open_batches
 from raymoe.training.checkpoint import resume_path
 from raymoe.training.data.prepare import PreparedData, prepare_data
+from raymoe.training.fssdp import SparseExperts
+from raymoe.training.lora_start import start_lora
 from raymoe.training.micros import num_micros
 from raymoe.training.placing import first_base
 from raymoe.training.publication import Publication
@@ -108,7 +110,13 @@ class TrainJob:
             recompute=config.recompute,
             dense=config.dense,
             reshard_every=None if every == "auto" else every,
-            identity={"seed": config.seed, "batch": config.batch, "data.sequence_length": config.data.sequence_length},
+            identity={
+                "seed": config.seed,
+                "batch": config.batch,
+                "data.sequence_length": config.data.sequence_length,
+                "lora.alpha": config.lora.alpha if config.lora else None,
+                "lora.experts": config.lora.experts if config.lora else None,
+            },
         )
 
     def batches(self) -> Callable[[int], Batch]:
@@ -127,7 +135,9 @@ class TrainJob:
             publication = self.first_publication(world.nodes)
             base = first_base(publication, self.owners, world)
         model, files = load_without_experts(self.model_path, DTYPES[self.config.model.dtype], world.device)
-        trainer = Trainer(model, files, world, self.trainer_config(publication), self.batches(), base)
+        lora = self.config.lora
+        experts = start_lora(model, lora, self.config.seed) if lora else SparseExperts
+        trainer = Trainer(model, files, world, self.trainer_config(publication), self.batches(), base, experts)
         if self.resumes is not None:
             restore(trainer, self.resumes)
         return trainer
@@ -171,7 +181,7 @@ def job_fields(config: TrainConfig, folder: Path, model_path: Path) -> dict[str,
         "z_weight": losses.z if config.z_loss is None else config.z_loss,
         "num_experts": layers[0].num_experts,
         "num_layers": len(layers),
-        "workload": _workload(layers[0], model_config.get_text_config().hidden_size, config.model.dtype),
+        "workload": _workload(layers[0], model_config.get_text_config().hidden_size, config),
         "expert_parameters": sum(
             layer.num_experts * sum(field.numel for field in layer.layout.fields) for layer in layers
         ),
@@ -203,11 +213,14 @@ def _cluster_of(path: Path, num_devices: int) -> ClusterSpec:
     return cluster
 
 
-def _workload(layer: MoELayer, hidden_size: int, dtype: str) -> Workload:
+def _workload(layer: MoELayer, hidden_size: int, config: TrainConfig) -> Workload:
     parameters = sum(field.numel for field in layer.layout.fields)
-    size = DTYPES[dtype].itemsize
+    size = DTYPES[config.model.dtype].itemsize
     # two moments, and a float32 master where parameters are narrower
     state_size = 12 if size < 4 else 2 * size
+    if config.lora is not None:
+        # the frozen base beside the effective weights; adapters are small
+        state_size = size
     return Workload(
         expert_bytes=parameters * size,
         row_bytes=hidden_size * size,

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
+from raymoe.training.timeline import Timeline
+
 
 class Stopwatch:
     """Nanoseconds of the step under way."""
@@ -13,6 +15,8 @@ class Stopwatch:
     def __init__(self, num_layers: int, device: torch.device):
         self._device = device
         self._is_exact = False
+        self.timeline = Timeline(device)
+        """What was under way when; off unless the step is traced."""
         self.attention_ns = [0] * num_layers
         """From a block's start to its experts in the last exact step, by layer."""
         self.experts_ns = [0] * num_layers
@@ -34,31 +38,37 @@ class Stopwatch:
     @contextmanager
     def planning(self) -> Iterator[None]:
         started_ns = time.perf_counter_ns()
-        yield
+        with self.timeline.span("planning"):
+            yield
         self.planning_ns += time.perf_counter_ns() - started_ns
 
     @contextmanager
     def exposed(self) -> Iterator[None]:
         started_ns = time.perf_counter_ns()
-        yield
+        with self.timeline.span("wait"):
+            yield
         self.exposed_ns += time.perf_counter_ns() - started_ns
 
     def block_starts(self, layer: int) -> None:
         self._block_started_ns[layer] = self._now_ns()
+        self.timeline.begin("attention", layer)
 
     def experts_are_reached(self, layer: int) -> None:
         self.attention_ns[layer] = self._now_ns() - self._block_started_ns[layer]
+        self.timeline.end("attention", layer)
 
     @contextmanager
     def experts(self, layer: int) -> Iterator[None]:
         started_ns = self._now_ns()
-        yield
+        with self.timeline.span("experts", layer):
+            yield
         self.experts_ns[layer] += self._now_ns() - started_ns
 
     @contextmanager
     def experts_backward(self) -> Iterator[None]:
         started_ns = self._now_ns()
-        yield
+        with self.timeline.span("experts backward"):
+            yield
         self.backward_ns += self._now_ns() - started_ns
 
     def _now_ns(self) -> int:

@@ -58,7 +58,8 @@ class Trainer:
 
     Args:
         batch: gives the global batch of a step.
-        base: where the experts live at first, before the policy has had its say.
+        base: where the experts live at first.
+        experts: what stands behind the model's experts; `lora_start.start_lora` gives another.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Trainer:
         config: TrainerConfig,
         batch: Callable[[int], Batch],
         base: Base,
+        experts: Callable[..., SparseExperts] = SparseExperts,
     ):
         self.model, self.world, self.config = model.train(), world, config
         self._batch = batch
@@ -82,7 +84,7 @@ class Trainer:
             # transformers before 5.20 has the old name alone
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
-        self.experts = SparseExperts(model, self.placing.base, world, config.optimizer)
+        self.experts = experts(model, self.placing.base, world, config.optimizer)
         for (layer, expert), slot in self.experts.pool.slots.items():
             files.read(layer, expert, self.experts.pool.parameters[slot])
         self.experts.load_optimizer()

@@ -16,7 +16,7 @@ from raymoe.training.placing import first_base
 from raymoe.training.publication import Publication
 from raymoe.training.schedule import learning_rate
 from raymoe.training.trainer import Trainer, TrainerConfig
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_model, tiny_switch
 
 BALANCE_WEIGHT, Z_WEIGHT = 0.02, 0.01
 # large steps and a norm that binds, so that schedule, clipping and weight decay all show in the parameters
@@ -24,9 +24,8 @@ OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1, clip_norm
 # what rounding leaves after some AdamW steps; the project promises these two numbers
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 # these families route in float32 whatever the model's dtype: a difference in the last bit of an fp64 hidden state may move a
-# logit to the next float32, 6e-8 of it
-FLOAT32_ROUTERS = {"deepseek_v2", "deepseek_v3"}
-FLOAT32_ROUTER_TOLERANCE = 1e-7
+# logit to the next float32, 6e-8 of it; switch also keeps its routers in float32, so that each of their updates rounds
+FLOAT32_ROUTERS = {"deepseek_v2": 1e-7, "deepseek_v3": 1e-7, "switch_transformers": 1e-6}
 # phimoe samples its experts while it trains: ranks and one process draw different numbers
 SAMPLING_ROUTERS = {"phimoe"}
 # 7 sequences: not divisible by 2 or 3 workers
@@ -60,13 +59,20 @@ class Case:
     @property
     def tolerance(self) -> float:
         if self.family in FLOAT32_ROUTERS and self.dtype == torch.float64:
-            return FLOAT32_ROUTER_TOLERANCE
+            return FLOAT32_ROUTERS[self.family]
         return TOLERANCE[self.dtype]
 
     @property
     def oracle(self) -> tuple:
         """What the run of one process depends on."""
         return self.family, self.dtype, self.steps, self.router_losses
+
+
+def model_of(family: str, dtype: torch.dtype):
+    if family == "switch_transformers":
+        # what is drawn at random differs between ranks and one process
+        return tiny_switch(dtype=dtype, dropout_rate=0.0, router_jitter_noise=0.0)
+    return tiny_model(family, dtype=dtype)
 
 
 def global_batch(step: int) -> Batch:
@@ -80,8 +86,9 @@ def global_batch(step: int) -> Batch:
 def one_process(family: str, dtype: torch.dtype, steps: int, router_losses: bool) -> dict[str, torch.Tensor]:
     """Parameters after training the untouched model with plain AdamW on the same loss."""
     weights = (BALANCE_WEIGHT, Z_WEIGHT) if router_losses else (0.0, 0.0)
-    model = tiny_model(family, dtype=dtype).train(family not in SAMPLING_ROUTERS)
-    model.set_experts_implementation("eager")
+    model = model_of(family, dtype).train(family not in SAMPLING_ROUTERS)
+    if family != "switch_transformers":
+        model.set_experts_implementation("eager")
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1.0, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, weight_decay=OPTIMIZER.weight_decay
     )
@@ -89,24 +96,36 @@ def one_process(family: str, dtype: torch.dtype, steps: int, router_losses: bool
     router_logits = RouterLogits(layers)
     chosen: list[torch.Tensor] = []
     for layer in layers:
-        layer.router.register_forward_hook(lambda _m, _i, outputs: chosen.append(outputs[2]))
+        layer.router.register_forward_hook(
+            lambda _m, _i, outputs: chosen.append(_counts(outputs, layers[0].num_experts))
+        )
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(OPTIMIZER, step, steps)
         batch = global_batch(step)
         num_positions = BATCH * positions(model, layers, LENGTH)
         loss = token_loss_sum(*predict(model, batch)) / counted(model, batch)
-        num_experts = layers[0].num_experts
-        loads = torch.stack([index.flatten().bincount(minlength=num_experts)[:num_experts] for index in chosen])
+        loads = torch.stack(chosen)
         chosen.clear()
         logits = router_logits.take()
         loss = loss + weights[0] * balance_loss(logits, loads, num_positions)
         loss = loss + weights[1] * router_z_loss(logits, num_positions)
         optimizer.zero_grad()
         loss.backward()
+        for parameter in model.parameters():
+            if parameter.grad is None:
+                # an unfused expert without a token: fused ones get zeros, and decay, and so does everything here
+                parameter.grad = torch.zeros_like(parameter)
         torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm)
         optimizer.step()
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def _counts(outputs: tuple, num_experts: int) -> torch.Tensor:
+    """Rows of each expert, int64 [E], from what a router gives: (logits, weights, indices), or switch's mask first."""
+    if outputs[2].is_floating_point():
+        return outputs[0].flatten(0, -2).sum(0).long()
+    return outputs[2].flatten().bincount(minlength=num_experts)[:num_experts]
 
 
 def owners_of(kind: str, num_layers: int, num_experts: int, size: int) -> np.ndarray:
@@ -118,7 +137,7 @@ def owners_of(kind: str, num_layers: int, num_experts: int, size: int) -> np.nda
     return owners
 
 
-def trainer_of(case: Case, path: str, world) -> Trainer:
+def trainer_of(case: Case, path: str, world, saved=None) -> Trainer:
     model, files = load_without_experts(path, case.dtype)
     layers = moe_layers(model)
     owners = owners_of(case.owners, len(layers), layers[0].num_experts, world.size)
@@ -128,8 +147,11 @@ def trainer_of(case: Case, path: str, world) -> Trainer:
     workload = Workload(files.expert_bytes, row_bytes=1, row_flops=1, choices=layers[0].top_k)
     published = {"extra_slots": 2, "overlap_degree": 4, "window": 2} | case.published
     publication = Publication(0, case.policy, cluster, workload, **published)
+    base = first_base(publication, owners, world)
+    if saved is not None:
+        publication, base = saved
     config = TrainerConfig(OPTIMIZER, case.steps, publication, *case.weights, **case.config)
-    trainer = Trainer(model, files, world, config, global_batch, first_base(publication, owners, world))
+    trainer = Trainer(model, files, world, config, global_batch, base)
     trainer.model.train(case.family not in SAMPLING_ROUTERS)
     return trainer
 

@@ -9,7 +9,7 @@ from raymoe.training.data.examples import Conversation, Pair, conversation
 from raymoe.training.data.files import Row
 from raymoe.training.tokenizer import PLAIN_CHAT_TEMPLATE, train_tokenizer
 
-# As released templates mostly are: no generation marks; ChatML (arXiv has none; the form of Qwen's releases)
+# As released templates mostly are: no generation marks; the form of ChatML
 CHATML = (
     "{%- for message in messages -%}"
     "{{ '<|im_start|>' ~ message.role ~ '\n' ~ message.content ~ '<|im_end|>\n' }}"
@@ -50,7 +50,7 @@ def counted(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> list[st
             runs[-1].append(token)
         elif runs[-1]:
             runs.append([])
-    return [tokenizer.decode(run) for run in runs if run]
+    return [str(tokenizer.decode(run)) for run in runs if run]
 
 
 @pytest.mark.parametrize(

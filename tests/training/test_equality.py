@@ -4,11 +4,11 @@ import functools
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from raymoe.models import load_without_experts
-from tests.tiny_models import FAMILIES, tiny_model
-from tests.training.equality import Case, one_process, train
+from tests.tiny_models import FAMILIES
+from tests.training.equality import Case, model_of, one_process, train
 from tests.training.ranks import run_ranks
 
 oracle = functools.cache(one_process)
@@ -17,6 +17,7 @@ POLICIES = [
     "ep",
     "fssdp",
     "fssdp-rm",
+    "fssdp-level",
     "fssdp-paper",
     "fssdp-paper-rm",
     "fastermoe",
@@ -36,11 +37,12 @@ def run(size: int, cases: list[Case], folder) -> dict[str, list]:
         key = (case.family, case.dtype)
         if key not in paths:
             paths[key] = str(folder / f"{case.family}-{case.dtype}")
-            tiny_model(case.family, dtype=case.dtype).save_pretrained(paths[key])
+            model_of(case.family, case.dtype).save_pretrained(paths[key])
     work = [(case, paths[case.family, case.dtype], str(folder / f"out-{n}")) for n, case in enumerate(cases)]
     by_rank = run_ranks(size, train, work)
     for number, (case, _, written) in enumerate(work):
-        parameters = AutoModelForCausalLM.from_pretrained(written, dtype=case.dtype).state_dict()
+        kind = AutoModelForSeq2SeqLM if case.family == "switch_transformers" else AutoModelForCausalLM
+        parameters = kind.from_pretrained(written, dtype=case.dtype).state_dict()
         for name, value in oracle(*case.oracle).items():
             error = ((parameters[name].double() - value.double()).norm() / value.double().norm()).item()
             assert error <= case.tolerance, f"{case}: {name} off by {error:.1e}"
@@ -76,7 +78,9 @@ def test_every_policy_that_keeps_experts_whole(tmp_path):
     assert {name.removeprefix("olmoe-").split("-even")[0] for name in resharded} >= {"fssdp-paper", "smartmoe", "eplb"}
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"olmoe", "gpt_oss", "deepseek_v3"}))
+@pytest.mark.parametrize(
+    "family", sorted(set(FAMILIES) - {"olmoe", "gpt_oss", "deepseek_v3"} | {"switch_transformers"})
+)
 def test_families(family, tmp_path):
     run(2, [Case(family, "fssdp"), Case(family, "fssdp-rm")], tmp_path)
 

@@ -3,6 +3,7 @@ import multiprocessing
 import threading
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,8 +63,8 @@ def config_of(corpus: Path, **options) -> DataConfig:
 
 
 def prepared(config: DataConfig, folder: Path, tokenizer_path: Path | None, **options) -> PreparedData:
-    options = {"seed": 3, "global_batch": B} | options
-    return prepare_data(config, TokenizerConfig(path=tokenizer_path, vocab_size=300), None, folder, **options)
+    values: dict[str, Any] = {"seed": 3, "global_batch": B} | options
+    return prepare_data(config, TokenizerConfig(path=tokenizer_path, vocab_size=300), None, folder, **values)
 
 
 def stored_tokens(data: PreparedData) -> list[int]:

@@ -88,6 +88,7 @@ class ResidentReplicas(PolicyDefaults):
     """Policies whose copies live with their optimizer state where they are, and move every ``interval`` steps."""
 
     dispatch: Dispatch = "even"
+    materialises = False
 
     def place(self, loads_LE: np.ndarray, state: PlacementState) -> np.ndarray:
         """Where the experts should live for these loads: uint8 [L, E, D]."""

@@ -23,6 +23,7 @@ class SmartMoe(PolicyDefaults):
         "Where ranks do not divide experts some ranks have one more."
     )
     interval: int | None = 25
+    materialises = False
 
     def prepare(self, history: np.ndarray, state: PlacementState) -> Plan:
         """No copies."""
