@@ -21,9 +21,9 @@ logger = logging.getLogger("raymoe")
 
 NAMESPACE = "raymoe"
 _POLL_S = 0.25
-# glibc gives large blocks back to the kernel at once and then faults them in page by page, every step anew: on CPUs that
-# takes up to half of an expert's backward pass
-_KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_ARENA_MAX": "1"}
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_ARENA_MAX": "1"}
+"""glibc's settings for workers on CPUs. By its own it gives large blocks back to the kernel at once, and they are faulted in
+page by page in every step anew, which took up to half of an expert's backward pass."""
 
 
 class WorkersFailed(RunFailed):
@@ -152,7 +152,7 @@ class WorkerGroup:
 
 
 def _worker_env(config: TrainConfig) -> dict[str, str]:
-    return (_KEEP_FREED_MEMORY if config.worker_gpus == 0 else {}) | config.env
+    return (KEEP_FREED_MEMORY if config.worker_gpus == 0 else {}) | config.env
 
 
 def _failures(running: dict[ray.ObjectRef, int], wait_s: float) -> dict[int, RayError]:

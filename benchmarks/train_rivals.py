@@ -29,6 +29,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from raymoe.actors.worker_group import KEEP_FREED_MEMORY
 from raymoe.benchmarks.train_rival_common import Done, Start, Steps
 from raymoe.benchmarks.train_workload import LOADS, WORKLOAD, TrainWorkload
 from raymoe.telemetry import write_json
@@ -157,7 +158,11 @@ class RivalGroup:
                 subprocess.Popen(
                     [python, "-m", f"{_PREFIX}worker", str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
-                    env=os.environ | {key: str(value) for key, value in group.items()} | dict(self.rival.environment),
+                    # the allocator's settings of raymoe's own workers: they are not what is compared
+                    env=os.environ
+                    | KEEP_FREED_MEMORY
+                    | {key: str(value) for key, value in group.items()}
+                    | dict(self.rival.environment),
                     stdin=subprocess.DEVNULL,
                     stdout=self._log,
                     stderr=self._log,

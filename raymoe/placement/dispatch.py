@@ -22,6 +22,9 @@ import numpy as np
 from raymoe.placement.cluster import ClusterSpec
 from raymoe.placement.plan import Dispatch, LayerPlan
 
+_POURS = 8
+"""Rounds of levelling, at the most."""
+
 GLOBAL_DISPATCH: frozenset[Dispatch] = frozenset({"capacity", "level"})
 """The words that need every rank's counts."""
 
@@ -139,7 +142,8 @@ def _even_room(rows_E: np.ndarray, copies_ED: np.ndarray) -> np.ndarray:
 def _level_room(rows_E: np.ndarray, copies_ED: np.ndarray) -> np.ndarray:
     """Rows that each copy takes if ranks are to compute equally many in all: int64 [D, E].
 
-    Experts with few copies are shared first, those that are everywhere together at the end, when they fill what is left.
+    Experts on some of the ranks are poured one by one on top of all the others, hottest first, again and again: what one
+    of them leaves free another can take in the next round. Those that are everywhere fill up what is left together.
     """
     num_devices = copies_ED.shape[1]
     num_E = copies_ED.sum(axis=1, dtype=np.int64)
@@ -147,11 +151,17 @@ def _level_room(rows_E: np.ndarray, copies_ED: np.ndarray) -> np.ndarray:
     single = np.flatnonzero(num_E == 1)
     room_DE[copies_ED[single].argmax(axis=1), single] = rows_E[single]
     load_D = room_DE.sum(axis=1)
-    partial = np.flatnonzero((num_E > 1) & (num_E < num_devices))
-    for expert in partial[np.lexsort((-rows_E[partial], num_E[partial]))].tolist():
-        holders = np.flatnonzero(copies_ED[expert])
-        room_DE[holders, expert] = _poured(load_D[holders], int(rows_E[expert]))
-        load_D[holders] += room_DE[holders, expert]
+    partial = np.flatnonzero((num_E > 1) & (num_E < num_devices) & (rows_E > 0))
+    holders = {expert: np.flatnonzero(copies_ED[expert]) for expert in partial.tolist()}
+    for _ in range(_POURS):
+        most = int(load_D.max())
+        for expert in partial[np.argsort(-rows_E[partial], kind="stable")].tolist():
+            here = holders[expert]
+            load_D[here] -= room_DE[here, expert]
+            room_DE[here, expert] = _poured(load_D[here], int(rows_E[expert]))
+            load_D[here] += room_DE[here, expert]
+        if load_D.max() == most:
+            break
     everywhere = np.flatnonzero(num_E == num_devices) if num_devices > 1 else np.empty(0, dtype=np.int64)
     amount = int(rows_E[everywhere].sum())
     if amount:

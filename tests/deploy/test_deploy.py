@@ -77,7 +77,7 @@ def wait_for(url: str, server: subprocess.Popen) -> dict:
         try:
             with urllib.request.urlopen(url, timeout=10) as answer:
                 return json.load(answer)
-        except (urllib.error.URLError, ConnectionError):
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
             assert server.poll() is None, "serve run ended"
             assert time.monotonic() < deadline, url
             time.sleep(0.5)

@@ -5,7 +5,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymoe.placement import ClusterSpec, DispatchTable, LayerPlan, assign, dispatch_counts
+from raymoe.placement import (
+    ClusterSpec,
+    DispatchTable,
+    LayerPlan,
+    LoadTrace,
+    Workload,
+    assign,
+    dispatch_counts,
+    policy,
+    simulate,
+)
+from raymoe.placement.generate import generate
 from tests.placement.strategies import cluster_of, layer_plans, routed_rows
 
 WORDS = ["local", "node", "even", "capacity", "level"]
@@ -159,3 +170,29 @@ def test_rows_of_another_model_are_refused():
     layer = LayerPlan(np.array([0]), np.ones((1, 2), dtype=np.uint8))
     with pytest.raises(ValueError, match=r"rows are \[2, 3\], the plan is for 2 ranks x 1 experts"):
         dispatch_counts(np.zeros((2, 3), dtype=int), layer, cluster_of(2))
+
+
+@pytest.mark.parametrize("num_devices", [2, 8])
+@pytest.mark.parametrize("preset", ["hot", "smartmoe"])
+def test_fssdp_level_leaves_the_busiest_rank_a_tenth_above_the_mean_at_most(num_devices, preset):
+    num_experts, choices, steps, rows_each = 16, 8, 24, 4096
+    if preset == "hot":
+        # all rows on the first half of the experts
+        counts = np.zeros((steps, num_devices, 2, num_experts), dtype=np.int64)
+        counts[..., : num_experts // 2] = rows_each * choices // (num_experts // 2)
+        trace = LoadTrace(counts)
+    else:
+        trace = generate(
+            "smartmoe",
+            steps=steps,
+            ranks=8,
+            layers=2,
+            experts=num_experts,
+            tokens_per_rank=rows_each,
+            choices=choices,
+            seed=0,
+        ).for_ranks(num_devices)
+    cluster = ClusterSpec.even(1, num_devices, intra_bytes_s=2 * 10**9, latency_ns=400_000, flops_s=2 * 10**11)
+    workload = Workload(5_000_000, 512, 5_000_000, attention_ns=25_000_000, choices=choices)
+    simulated = simulate(trace, policy("fssdp-level"), cluster, workload, extra_slots=num_experts // num_devices)
+    assert simulated.of("imbalance")[8:].mean(axis=1).max() <= 1.10
