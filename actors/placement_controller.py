@@ -3,6 +3,7 @@
 import logging
 from collections import deque
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import ray
@@ -105,6 +106,12 @@ class PlacementController:
     def progress(self, known: int) -> list[StepSummary]:
         """Summaries of the steps after the first `known` ones, as far back as they are kept."""
         return [summary for summary in list(self._summaries) if summary.step >= known]
+
+    def publish(self, changes: dict[str, Any]) -> Publication:
+        """The last publication with other fields, under the next version; whoever asks hands it to the workers."""
+        assert self._publication is not None, "register() comes first"
+        self._publication = replace(self._publication, version=self._publication.version + 1, **changes)
+        return self._publication
 
     @ray.method(concurrency_group="control")
     def state(self) -> dict[str, object]:

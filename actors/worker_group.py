@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
@@ -99,6 +100,11 @@ class WorkerGroup:
             yield from fresh
             known += len(fresh)
         self._gather(list(running), "did not finish")
+
+    def publish(self, **changes: Any) -> None:
+        """Gives the workers another publication than the controller's last; they apply it in the second step from now."""
+        held = self.controller.publish.remote(changes)
+        self._gather([worker.publish.remote(held) for worker in self.workers], "did not take a publication")
 
     def advance(self, num_steps: int) -> list[StepSummary]:
         """Some steps and no more, all workers together."""

@@ -2,10 +2,10 @@
 
     raymoe bench train [--workers 2] [--policies ep,fssdp,...] [--loads balanced,hot,smartmoe] [--rivals fsdp2,...]
 
-Every system keeps its processes for the whole run and sleeps while the others compute. A turn is two steps of each. The first
-steps of a load are not counted: forecasts look at the steps before. The limit beside a speed-up is what perfectly even
-computation would bring: (A + W M) / (A + M) on W workers if one of them owns all that is asked for, A and M being a balanced
-step's time outside the experts and in them; for other loads the busiest owner's share takes the place of W.
+raymoe's policies take turns on the same workers, a turn being two steps after those in which the policy is applied; other systems
+keep processes of their own, asleep while the others compute. The limit beside a speed-up is what perfectly even computation would
+bring: (A + W M) / (A + M) on W workers if one of them owns all that is asked for, A and M being a balanced step's time outside the
+experts and in them; for other loads the busiest owner's share takes the place of W.
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 from raymoe.actors import StepSummary, ray_session
-from raymoe.benchmarks.train_raymoe import RaymoeGroup
+from raymoe.benchmarks.train_raymoe import APPLYING_STEPS, MEASURING_STEPS, RaymoeGroup
 from raymoe.benchmarks.train_rivals import RivalError, RivalGroup, rival
 from raymoe.benchmarks.train_workload import WORKLOAD, TrainWorkload
 from raymoe.telemetry import write_json
 
 Row = dict[str, Any]
-POLICIES = ("ep", "fssdp", "fssdp:level", "fssdp-rm", "fastermoe", "smartmoe")
-SKIPPED_STEPS = 8
-"""Of each load: as many as the forecast's window, and those in which costs are measured."""
+POLICIES = ("ep", "fssdp", "fssdp-level", "fssdp-rm", "fastermoe")
 _TURN = 2
 _COLUMNS = (
     "policy", "load", "workers", "step_ms", "spread", "tokens_per_s", "speedup_over_ep", "limit_share", "imbalance",
@@ -52,7 +50,7 @@ def run(
 
     Args:
         policies: names of placement policies, `name:dispatch` for another dispatch than the policy's own.
-        steps: timed steps of each system under each load.
+        steps: timed steps of each system under each load, an even number.
 
     Raises:
         ValueError: an unknown policy, load or rival, or a batch that does not split over the workers.
@@ -62,41 +60,37 @@ def run(
     rows: list[Row] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        stack.enter_context(ray_session(min_cpus=workers * len(policies), own=True, dashboard=False))
-        block = SKIPPED_STEPS + steps + (steps % _TURN)
-        ours = {name: _started(stack, name, workers, folder, tuple(loads), block, given) for name in policies}
+        stack.enter_context(ray_session(min_cpus=workers, own=True, dashboard=False))
+        turns = -(-steps // _TURN)
+        block = MEASURING_STEPS + turns * len(policies) * (APPLYING_STEPS + _TURN)
+        group = stack.enter_context(RaymoeGroup(workers, folder, tuple(loads), block, given))
         theirs, failed = _rivals(stack, rivals, workers, given)
         rows += failed
         balanced: StepSummary | None = None
         for load in loads:
-            summaries: dict[str, list[StepSummary]] = {name: [] for name in ours}
-            seconds: dict[str, list[float]] = {group.name: [] for group in theirs}
-            for turn in range(0, block, _TURN):
-                for name, group in ours.items():
-                    summaries[name] += group.steps(_TURN)
-                for group in theirs if turn >= SKIPPED_STEPS else ():
-                    seconds[group.name] += group.steps(load, _TURN)
-                console.print(f"{load}: {turn + _TURN} of {block} steps", highlight=False)
-            timed = {name: each[SKIPPED_STEPS:] for name, each in summaries.items()}
+            timed: dict[str, list[StepSummary]] = {name: [] for name in policies}
+            seconds: dict[str, list[float]] = {each.name: [] for each in theirs}
+            held: dict[str, int] = {}
+            group.steps(MEASURING_STEPS)
+            for turn in range(turns):
+                for name in policies:
+                    group.follow(name)
+                    timed[name] += group.steps(_TURN)
+                    held[name] = max(sum(parts.values()) for parts in group.state_bytes())
+                for each in theirs:
+                    seconds[each.name] += each.steps(load, _TURN)
+                console.print(f"{load}: turn {turn + 1} of {turns}", highlight=False)
             if load == "balanced" and "ep" in timed:
                 balanced = sorted(timed["ep"], key=lambda step: step.step_s)[len(timed["ep"]) // 2]
-            rows += _rows_of(ours, timed, load, given, balanced)
-            rows += [_rival_row(group, load, seconds[group.name], given) for group in theirs]
+            rows += _rows_of(workers, timed, held, load, given, balanced)
+            rows += [_rival_row(each, load, seconds[each.name], given) for each in theirs]
     console.print(_table(rows))
     if balanced is not None:
         share = balanced.experts_s / balanced.step_s
         console.print(f"experts are {share:.0%} of a balanced step of expert parallelism", highlight=False)
     if json is not None:
-        write_json(json, command, rows, meta={"workload": repr(given), "skipped_steps": SKIPPED_STEPS})
+        write_json(json, command, rows, meta={"workload": repr(given)})
     return rows
-
-
-def _started(
-    stack: ExitStack, name: str, workers: int, folder: Path, loads: tuple[str, ...], block: int, given: TrainWorkload
-) -> RaymoeGroup:
-    policy, _, dispatch = name.partition(":")
-    settings = {"dispatch": dispatch} if dispatch else {}
-    return stack.enter_context(RaymoeGroup(policy, workers, folder, loads, block, given, settings))
 
 
 def _rivals(
@@ -114,8 +108,9 @@ def _rivals(
 
 
 def _rows_of(
-    ours: dict[str, RaymoeGroup],
+    workers: int,
     timed: dict[str, list[StepSummary]],
+    held: dict[str, int],
     load: str,
     given: TrainWorkload,
     balanced: StepSummary | None,
@@ -128,7 +123,7 @@ def _rows_of(
         row: Row = {
             "policy": name,
             "load": load,
-            "workers": ours[name].workers,
+            "workers": workers,
             "step_ms": 1e3 * step_s,
             "spread": _quartiles([1e3 * step.step_s for step in steps]),
             "tokens_per_s": given.tokens / step_s,
@@ -136,7 +131,7 @@ def _rows_of(
             "bytes": _median(steps, lambda step: sum(step.moved_bytes.values())),
             "exposed_ms": _median(steps, lambda step: 1e3 * step.exposed_s),
             "plan_ms": _median(steps, lambda step: 1e3 * step.planning_s),
-            "peak_state_bytes": max(sum(parts.values()) for parts in state_bytes(ours[name])),
+            "peak_state_bytes": held[name],
         }
         if ep_s is not None:
             row["speedup_over_ep"] = ep_s / step_s
@@ -148,11 +143,6 @@ def _rows_of(
             row["limit_share"] = row["speedup_over_ep"] / row["limit"]
         rows.append(row)
     return rows
-
-
-def state_bytes(group: RaymoeGroup) -> list[dict[str, int]]:
-    """Parameters, gradients, optimizer and copies of every worker, as they are now."""
-    return [state["state_bytes"] for state in group.group.states()]  # pyright: ignore[reportReturnType]
 
 
 def _rival_row(group: RivalGroup, load: str, seconds: list[float], given: TrainWorkload) -> Row:

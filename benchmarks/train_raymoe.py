@@ -19,6 +19,11 @@ from raymoe.training.job import TrainJob, job_fields
 from raymoe.training.trainer import Trainer
 from raymoe.training.world import World
 
+MEASURING_STEPS = 8
+"""Until links and times have been published and applied."""
+APPLYING_STEPS = 2
+"""Until a publication is applied, and memory made for it."""
+
 
 @dataclass(frozen=True)
 class BenchJob(TrainJob):
@@ -53,7 +58,7 @@ class BenchJob(TrainJob):
         return trainer
 
     def load_of(self, step: int) -> str:
-        return self.loads[step // self.block % len(self.loads)]
+        return self.loads[min(step // self.block, len(self.loads) - 1)]
 
 
 @dataclass
@@ -64,26 +69,20 @@ class _Choices:
 
 
 class RaymoeGroup:
-    """One policy's workers, asleep between calls of `steps`. A context manager, inside a Ray session."""
+    """One group of workers that follows one policy after another. A context manager, inside a Ray session.
 
-    def __init__(
-        self,
-        policy: str,
-        workers: int,
-        folder: Path,
-        loads: tuple[str, ...],
-        block: int,
-        given: TrainWorkload = WORKLOAD,
-        settings: dict | None = None,
-    ):
-        self.name, self.workers = policy, workers
+    Policies take turns on the same processes and experts, which change no homes: those that live by re-sharding are not for this.
+    """
+
+    def __init__(self, workers: int, folder: Path, loads: tuple[str, ...], block: int, given: TrainWorkload = WORKLOAD):
+        self.workers = workers
         path = folder / "model"
-        if not path.exists():
-            given.model().save_pretrained(path)
+        given.model().save_pretrained(path)
         tree = {
             "model": {"path": str(path), "dtype": "bfloat16"},
             "data": {"sequence_length": given.sequence_length},
-            "experts": {"policy": policy} | (settings or {}),
+            # links and times are measured for it, and hold for the others
+            "experts": {"policy": "fssdp", "reshard_every": 0},
             "workers": workers,
             "batch": given.sequences,
             "steps": 1_000_000,
@@ -95,7 +94,7 @@ class RaymoeGroup:
                 "warmup_steps": 0,
                 "schedule": "constant",
             },
-            "output": str(folder / policy),
+            "output": str(folder / "run"),
         }
         config = parse_config(TrainConfig, tree)
         fields = job_fields(config, Path(config.output), path)
@@ -113,3 +112,13 @@ class RaymoeGroup:
     def steps(self, count: int) -> list[StepSummary]:
         """Runs the next steps."""
         return self.group.advance(count)
+
+    def follow(self, policy: str) -> None:
+        """Takes another policy, `name` or `name:dispatch`, and runs the two steps after which it holds."""
+        name, _, dispatch = policy.partition(":")
+        self.group.publish(policy=name, dispatch=dispatch or None)
+        self.steps(APPLYING_STEPS)
+
+    def state_bytes(self) -> list[dict[str, int]]:
+        """Parameters, gradients, optimizer and copies of every worker, as they are now."""
+        return [state["state_bytes"] for state in self.group.states()]  # pyright: ignore[reportReturnType]

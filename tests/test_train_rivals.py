@@ -48,8 +48,8 @@ def test_loads_are_what_their_names_say():
     assert (skewed.sum(0) == WORKLOAD.counts("smartmoe", 3, 4).sum(0)).all()
     with pytest.raises(ValueError, match="no load 'cold'; there are: balanced, hot, smartmoe"):
         WORKLOAD.counts("cold", 0, 2)
-    with pytest.raises(ValueError, match="sequences = 40 do not split evenly over 3 workers"):
-        WORKLOAD.counts("hot", 0, 3)
+    with pytest.raises(ValueError, match="sequences = 24 do not split evenly over 5 workers"):
+        WORKLOAD.counts("hot", 0, 5)
 
 
 def test_batches_differ_by_step_and_by_nothing_else():

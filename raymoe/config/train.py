@@ -124,6 +124,7 @@ class TrainConfig(Strict):
     lora: LoraConfig | None = None
     """Train low-rank adapters, and nothing else."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints of the training state, to go on from."""
     logs: list[LogConfig] = Field(default_factory=lambda: [LogConfig(name="jsonl")])
     """Where the values of every step go: `jsonl` (`output/log.jsonl`), `tensorboard`, or a logger of another package. A name,
     or a name with options: `[jsonl, {name: wandb, project: x}]`."""

@@ -60,8 +60,8 @@ def test_copies_spread_over_nodes(case):
     per_node = copies @ case.cluster.members.T
     sizes = case.cluster.devices_on
     for e in np.argsort(-case.loads_E, kind="stable")[: case.t]:
-        # a node has a second copy beside others' none only by the owner and by a change
-        lacking = per_node[e] < np.minimum(per_node[e].max() - 2, sizes)
+        # a node has more than others only by the owner, by a change, and by a slot that no change found a use for
+        lacking = per_node[e] < np.minimum(per_node[e].max() - 3, sizes)
         assert not lacking.any()
 
 
