@@ -5,9 +5,11 @@ from raymoe.lazy import lazy_exports
 _HOMES = {
     "ExpertWorker": "expert_worker",
     "PlacementController": "placement_controller",
-    "StepSummary": "placement_controller",
+    "RunEvent": "elastic_log",
+    "StepSummary": "step_summary",
     "WorkerGroup": "worker_group",
     "WorkersFailed": "worker_group",
+    "joined_session": "session",
     "ray_session": "session",
 }
 

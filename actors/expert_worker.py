@@ -2,189 +2,277 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import tempfile
+import threading
+import time
+from collections import deque
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import ray
 import torch
 from ray.actor import ActorHandle
 
 from raymoe import env
 from raymoe.actors.metrics import export_metrics
+from raymoe.actors.orders import EpochOrder, Outcome, Phase, WorkerFacts, WorkerState
 from raymoe.actors.session import free_address
+from raymoe.actors.step_records import StepRecords
 from raymoe.models import CheckpointWriter
-from raymoe.telemetry import TraceWriter, metrics
-from raymoe.training.checkpoint import Checkpointer
 from raymoe.training.data.prepare import TOKENIZER_FOLDER
 from raymoe.training.export import write_model
+from raymoe.training.held_memory import HeldMemory
 from raymoe.training.job import TrainJob
-from raymoe.training.link_probe import LinkMeasurement, LinkProbe
+from raymoe.training.link_probe import LinkProbe
 from raymoe.training.lora import MergedWriter
 from raymoe.training.lora_files import write_adapters
-from raymoe.training.profile import profiled_steps
+from raymoe.training.placing import PlanMismatch
 from raymoe.training.publication import Publication
+from raymoe.training.regroup import enter_epoch, evacuate
 from raymoe.training.report import StepReport
+from raymoe.training.snapshot import Held, Snapshots
 from raymoe.training.state import TrainerState
 from raymoe.training.tokenizer import load_tokenizer
 from raymoe.training.trainer import Trainer
-from raymoe.training.world import join_world, leave_world
+from raymoe.training.world import World, join_world, leave_world
 
 logger = logging.getLogger("raymoe")
 
-
-@dataclass(frozen=True)
-class WorkerFacts:
-    """What a worker found at the start of an epoch."""
-
-    nodes: tuple[int, ...]
-    """Node of every rank."""
-    links: LinkMeasurement
-    publication: Publication
-    """What it plans from at first."""
-    next_step: int
-    """The first step to do: after the last one of a checkpoint, or 0."""
-    state_bytes: dict[str, int]
-    """What it holds of parameters, gradients and optimizer, by part."""
+_KEPT_REPORTS = 512
+_MEETING_S = 15.0
+"""How long ranks wait for each other at the start of an epoch: all of them were alive a moment ago."""
 
 
-@ray.remote(concurrency_groups={"control": 1})  # pyright: ignore[reportCallIssue]  (Ray's overloads lack concurrency_groups)
+# control answers while a step runs; follow blocks, once for a controller and once more for its successor
+@ray.remote(concurrency_groups={"control": 2, "follow": 4})  # pyright: ignore[reportCallIssue]  (Ray's overloads lack concurrency_groups)
 class ExpertWorker:
-    """One rank: owns a part of the experts, and runs the training step in lock step with the others.
+    """One rank of each epoch that it is a member of: owns a part of the experts, and steps in lock step with the others.
 
-    The constructor takes a path-sized job and no tensors, so that a restart costs nothing; `start` brings the state.
+    The constructor takes a path-sized job and no tensors; `enter` brings the state. Killed it never comes back: another worker
+    with another number takes its place.
     """
 
-    def __init__(self, rank: int, job: TrainJob):
+    def __init__(self, member: int, job: TrainJob):
         logging.basicConfig(level=env.log_level())
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
         export_metrics()
-        self._rank, self._job = rank, job
+        self._member, self._job = member, job
+        self._node: str = ray.get_runtime_context().get_node_id()
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._trainer: Trainer | None = None
+        self._snapshots = Snapshots()
+        self._memory = HeldMemory()
+        self._phase: Phase = "new"
+        self._epoch = -1
+        self._ended = threading.Condition()
+        self._outcomes: dict[tuple[int, int], Outcome] = {}
+        self._order: EpochOrder | None = None
+        self._reports: deque[tuple[int, StepReport]] = deque(maxlen=_KEPT_REPORTS)
 
     def __repr__(self) -> str:
-        return f"ExpertWorker[{self._rank}]"
+        return f"ExpertWorker[{self._member}]"
+
+    @property
+    def _running(self) -> Trainer:
+        assert self._trainer is not None, "enter() comes first"
+        return self._trainer
 
     def rendezvous(self) -> str:
         """An address on this worker's node where an epoch's ranks can meet."""
         return free_address()
 
-    def start(self, rendezvous: str) -> WorkerFacts:
-        """Joins the epoch, reads its part of the model, and measures what the controller wants to know."""
-        config = self._job.config
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        node = ray.get_runtime_context().get_node_id()
-        world = join_world(rendezvous, self._rank, config.workers, config.worker_timeout_s, device, node)
-        self._trainer = self._job.build_trainer(world)
-        links = LinkProbe(world, world.nodes, self._trainer.expert_bytes).measure()
-        trainer = self._trainer
-        return WorkerFacts(
-            world.nodes, links, trainer.placing.publications.applied, trainer.next_step, trainer.state_bytes()
-        )
+    def prepare(self, share: int) -> None:
+        """Does a step alone before it joins others, so that nothing is done for the first time while they wait for it.
 
-    def run(self, controller: ActorHandle) -> None:
-        """Trains to the last step; every step's report goes to the controller."""
-        job, trainer = self._job, self._trainer
-        assert trainer is not None, "start() comes first"
-        first = trainer.next_step
-        name = f"rank-{self._rank}" + (f"-from-{first}" if first else "")
-        trace_path = job.folder / "trace" / f"{name}.parquet"
-        trace_path.parent.mkdir(parents=True, exist_ok=True)
+        Args:
+            share: workers that a batch is split over.
+        """
+        self._phase = "preparing"
+        with tempfile.TemporaryDirectory() as folder:
+            timeout_s = self._job.config.worker_timeout_s
+            world = join_world(f"file://{folder}/alone", 0, 1, timeout_s, self._device, self._node)
+            self._trainer = self._job.rehearsing_trainer(world, share)
+            self._trainer.step(0)
+            # what it rehearsed with was a part
+            self._trainer.batch = self._job.batches()
+            leave_world()
+        self._phase = "ready"
+
+    def enter(self, order: EpochOrder) -> WorkerFacts:
+        """Becomes a rank of a new epoch; returns when all its ranks are there and have their state."""
+        self._phase = "entering"
+        started = time.perf_counter()
+        leave_world()
+        rank, timeout_s = order.members.index(self._member), self._job.config.worker_timeout_s
+        world = join_world(
+            order.rendezvous, rank, len(order.members), timeout_s, self._device, self._node, member=self._member
+        )
+        met = time.perf_counter()
+        self._trainer = trainer = self._taught(world, order)
+        self._snapshots.attach(world, order.number, trainer.placing.commits)
+        self._epoch, self._order = order.number, order
+        seconds = {"meet": met - started, "restore": time.perf_counter() - met}
+        links = LinkProbe(world, world.nodes, trainer.expert_bytes).measure() if order.measures_links else None
+        self._phase = "idle"
+        self._facts = WorkerFacts(
+            world.nodes, links, trainer.placing.publications.applied, trainer.placing.base.owners, trainer.next_step,
+            trainer.state_bytes(), seconds,
+        )  # fmt: skip
+        return self._facts
+
+    def run(self, epoch: int, until: int, controller: ActorHandle, keeps_records: bool = True) -> None:
+        """Trains until so many steps are done, or the epoch ends; `follow` tells how it ended.
+
+        Args:
+            keeps_records: write the routing trace, checkpoints and profile.
+        """
+        if (epoch, until) in self._outcomes:
+            return  # asked for by a controller that is no more, and done
+        self._phase = "running"
         try:
-            with (
-                _checkpointing(job, trainer) as save,
-                TraceWriter(trace_path, job.num_layers, job.num_experts, choices=job.workload.choices) as trace,
-                profiled_steps(
-                    trainer.experts.watch.timeline, job.folder, self._rank, trainer.next_step, job.config.steps,
-                    job.config.profile_steps,
-                ) as profile,
-            ):  # fmt: skip
-                for step in range(trainer.next_step, job.config.steps):
-                    profile(step)
-                    report = trainer.step(step)
-                    trace.append(step, report.loads, rank=self._rank)
-                    self._record(report)
-                    controller.report.remote(self._rank, report)
-                    save(step + 1)
-        except BaseException:
+            outcome = self._train(until, controller, keeps_records)
+        except BaseException as error:
             # at once: the closing sockets free every rank that waits for this one
             leave_world()
-            raise
+            outcome = Outcome(_kind_of(error, self._running.world), self._running.next_step, _said(error))
+            logger.debug("worker %d", self._member, exc_info=True)
+        self._phase = "idle" if outcome.kind in ("reached", "stopped") else outcome.kind
+        with self._ended:
+            self._outcomes[epoch, until] = outcome
+            self._ended.notify_all()
 
-    def advance(self, num_steps: int, controller: ActorHandle) -> None:
-        """Some steps and no more, for who wants to look between them; nothing is traced or saved."""
-        trainer = self._trainer
-        assert trainer is not None, "start() comes first"
-        for _ in range(num_steps):
-            controller.report.remote(self._rank, trainer.step(trainer.next_step))
+    @ray.method(concurrency_group="follow")
+    def follow(self, epoch: int, until: int) -> Outcome:
+        """Waits for the end of a `run`."""
+        with self._ended:
+            self._ended.wait_for(lambda: (epoch, until) in self._outcomes)
+            return self._outcomes[epoch, until]
+
+    def evacuate(self, leaving: list[int]) -> int:
+        """Moves all experts off the ranks that leave; returns how many. All ranks do it together."""
+        return evacuate(self._running, leaving)
 
     def save(self, path: Path) -> None:
         """Writes the whole model as a Hugging Face directory; every rank calls it, rank 0 writes."""
-        assert self._trainer is not None, "start() comes first"
-        lora = self._job.config.lora
+        trainer, lora = self._running, self._job.config.lora
         if lora is not None:
-            write_adapters(self._trainer, path.with_name("adapter"), lora, base=str(self._job.model_path))
-        if self._rank > 0:
-            write_model(self._trainer, None)
+            write_adapters(trainer, path.with_name("adapter"), lora, base=str(self._job.model_path))
+        if trainer.world.rank > 0:
+            write_model(trainer, None)
             return
         tokenizer = load_tokenizer(self._job.folder / TOKENIZER_FOLDER)
         kind = MergedWriter if lora is not None else CheckpointWriter
-        with kind(path, self._trainer.model, tokenizer, source=self._job.model_path) as writer:
-            write_model(self._trainer, writer)
+        with kind(path, trainer.model, tokenizer, source=self._job.model_path) as writer:
+            write_model(trainer, writer)
 
     @ray.method(concurrency_group="control")
     def publish(self, publication: Publication) -> None:
         """Takes the controller's publication while a step runs; the ranks agree on when to apply it."""
-        assert self._trainer is not None, "start() comes first"
-        self._trainer.placing.publications.put(publication)
+        self._running.placing.publications.put(publication)
 
     @ray.method(concurrency_group="control")
-    def state(self) -> dict[str, object]:
-        """What this worker is and holds, while a step runs: rank, process, backends of the kernels, bytes of its state."""
+    def abort(self) -> None:
+        """Frees this worker from a collective that will never end."""
+        leave_world()
+
+    @ray.method(concurrency_group="control")
+    def held(self) -> list[Held]:
+        """The snapshots in this worker's memory, its own and those it keeps for others."""
+        return self._snapshots.held()
+
+    @ray.method(concurrency_group="control")
+    def facts(self) -> WorkerFacts:
+        """What `enter` returned last, with the newest publication."""
+        publications = self._running.placing.publications
+        return replace(self._facts, publication=publications.held(publications.newest))
+
+    @ray.method(concurrency_group="control")
+    def order(self) -> EpochOrder | None:
+        """The last one that this worker entered an epoch by."""
+        return self._order
+
+    @ray.method(concurrency_group="control")
+    def reports(self, epoch: int, known: int) -> list[StepReport]:
+        """Of an epoch's steps from `known` on, as far back as they are kept: for a controller that was not there."""
+        return [report for of, report in list(self._reports) if of == epoch and report.step >= known]
+
+    @ray.method(concurrency_group="control")
+    def state(self) -> WorkerState:
+        """What this worker is doing and holds."""
         from raymoe import kernels
 
-        assert self._trainer is not None, "start() comes first"
-        return {
-            "rank": self._rank,
-            "pid": os.getpid(),
-            "kernel_calls": kernels.calls(),
-            "owned_experts": self._trainer.experts.base.resident[:, :, self._rank].sum(axis=1).tolist(),
-            "state_bytes": self._trainer.state_bytes(),
-        }
-
-    def _record(self, report: StepReport) -> None:
-        moved = report.moved_bytes
-        metrics.TRAIN_MATERIALISED_BYTES_TOTAL.inc(
-            moved.get("sparse_all_gather", 0) + moved.get("sparse_reduce_scatter", 0)
+        trainer = self._trainer
+        rank = trainer.world.rank if trainer is not None and self._epoch >= 0 else None
+        return WorkerState(
+            member=self._member,
+            rank=rank,
+            node=self._node,
+            pid=os.getpid(),
+            phase=self._phase,
+            epoch=self._epoch,
+            next_step=trainer.next_step if trainer is not None else 0,
+            owned_experts=() if rank is None or trainer is None else _owned(trainer),
+            state_bytes={} if trainer is None else trainer.state_bytes(),
+            snapshot_bytes=self._snapshots.num_bytes(),
+            snapshot_step=self._snapshots.agreed,
+            kernel_calls=kernels.calls(),
         )
-        metrics.TRAIN_ALLTOALL_BYTES_TOTAL.inc(moved.get("all_to_all", 0))
-        if self._rank == 0:
-            metrics.TRAIN_STEP_S.observe(report.step_s)
-            metrics.TRAIN_LOSS.set(report.loss)
-            metrics.TRAIN_TOKENS_TOTAL.inc(report.tokens)
-            metrics.TRAIN_TOKENS_PER_S.set(report.tokens / report.step_s)
+
+    def _taught(self, world: World, order: EpochOrder) -> Trainer:
+        """A trainer of the new world with its state."""
+        job, trainer = self._job, self._trainer
+        if order.source is None:
+            return job.start_trainer(world, order.publication, order.resumes)
+        assert trainer is not None, "a joiner has prepared itself"
+        enter_epoch(trainer, world, order.publication, order.source, self._snapshots)
+        return trainer
+
+    def _snap(self, trainer: Trainer, report: StepReport) -> StepReport:
+        """Takes a snapshot, and says in the report what it cost."""
+        snapshots = self._snapshots
+        if not snapshots.take(TrainerState(trainer)):
+            return report
+        return replace(report, snapshot_s=snapshots.last_take_s, snapshot_sent_bytes=snapshots.last_sent_bytes)
+
+    def _train(self, until: int, controller: ActorHandle, keeps_records: bool) -> Outcome:
+        job, trainer = self._job, self._running
+        rank, epoch = trainer.world.rank, self._epoch
+        with StepRecords(job, trainer, epoch, is_kept=keeps_records) as records:
+            try:
+                if self._snapshots.agreed is None and trainer.placing.publications.applied.snapshot_every:
+                    # what the dead kept for the living is gone, and who is new has nothing yet
+                    self._snapshots.take(TrainerState(trainer))
+                while trainer.next_step < until:
+                    if trainer.placing.is_stopping:
+                        return Outcome("stopped", trainer.next_step)
+                    records.before(trainer.next_step)
+                    report = trainer.step(trainer.next_step)
+                    every = trainer.placing.publications.applied.snapshot_every
+                    if every and trainer.next_step % every == 0:
+                        report = self._snap(trainer, report)
+                    self._memory.after_step()
+                    self._reports.append((epoch, report))
+                    controller.report.remote(rank, epoch, report)
+                    records.after(report)
+            except BaseException:
+                # before the records are closed: a checkpoint in the making waits for the other ranks too
+                leave_world()
+                raise
+        return Outcome("reached", until)
 
 
-@contextmanager
-def _checkpointing(job: TrainJob, trainer: Trainer) -> Iterator[Callable[[int], None]]:
-    """What to call after each step with the number of steps done: saves when it is time."""
-    config, world = job.config.checkpoint, trainer.world
-    if config.folder is None:
-        yield lambda done: None
-        return
-    checkpointer = Checkpointer(
-        config.folder, rank=world.rank, size=world.size, group=None, keep=config.keep,
-        resumed_step=trainer.next_step if job.resumes else None,
-    )  # fmt: skip
-    state = TrainerState(trainer)
+def _owned(trainer: Trainer) -> tuple[int, ...]:
+    owned = np.bincount([layer for layer, _ in trainer.experts.pool.slots], minlength=len(trainer.experts.layers))
+    return tuple(owned.tolist())
 
-    def save(done: int) -> None:
-        if done % config.every_steps == 0 or done == job.config.steps:
-            checkpointer.save(done, state)
 
-    try:
-        yield save
-        checkpointer.wait()
-    finally:
-        checkpointer.close()
+def _kind_of(error: BaseException, world: World) -> Literal["broken", "failed"]:
+    """A broken collective is a RuntimeError, of one of several texts; alone there are none."""
+    is_broken = isinstance(error, RuntimeError) and not isinstance(error, PlanMismatch) and world.size > 1
+    return "broken" if is_broken else "failed"
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

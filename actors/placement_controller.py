@@ -1,202 +1,175 @@
-"""The actor that sees all ranks: gathers their reports, settles placement parameters, shows the run's state."""
+"""The actor that sees all ranks: gathers their reports, settles placement parameters, keeps the epochs going."""
 
 import logging
-from collections import deque
-from dataclasses import dataclass, replace
+import threading
 from typing import Any
 
-import numpy as np
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
 from raymoe import env
-from raymoe.actors.expert_worker import WorkerFacts
+from raymoe.actors.elastic_log import ElasticLog, RunEvent
+from raymoe.actors.epoch_keeper import EpochKeeper
 from raymoe.actors.metrics import export_metrics
-from raymoe.placement import ClusterSpec
-from raymoe.telemetry import metrics
+from raymoe.actors.orders import RunState, WorkerFacts
+from raymoe.actors.roster import Roster
+from raymoe.actors.session import NAMESPACE
+from raymoe.actors.step_book import StepBook
+from raymoe.actors.step_summary import StepSummary
+from raymoe.actors.wishes import Wishes
 from raymoe.training.job import TrainJob
-from raymoe.training.publication import Publication
 from raymoe.training.report import StepReport
 
 logger = logging.getLogger("raymoe")
 
-_MEASURED_STEPS = 4
-_UNMEASURED_STEPS = 2  # the first steps allocate and warm up
-_KEPT_STEPS = 4096  # a driver asks several times a second
+EVENTS_FILE = "events.jsonl"
+_WISHES_FILE = "wishes.json"
 
 
-@dataclass(frozen=True)
-class StepSummary:
-    """One step over all ranks."""
+@ray.remote(num_cpus=0)
+class Lease:
+    """Lives as long as the process that made it: Ray ends it together with its owner."""
 
-    step: int
-    loss: float
-    balance_loss: float
-    z_loss: float
-    grad_norm: float
-    learning_rate: float
-    tokens: int
-    step_s: float
-    """Of the slowest rank."""
-    expert_imbalance: float
-    """Busiest expert over the mean, averaged over layers: what the router asks for."""
-    owner_imbalance: float
-    """Busiest worker's rows over the mean, had every row gone to its expert's owner: what expert parallelism computes."""
-    worker_imbalance: float
-    """Busiest worker's rows over the mean, averaged over layers: what the placement leaves of it."""
-    loads: np.ndarray
-    """int64 [L, E], rows of all ranks."""
-    copies: int
-    resharded: int
-    """Experts that changed homes before the step."""
-    moved_bytes: dict[str, int]
-    """Sent by all ranks, by kind of collective."""
-    link_bytes: dict[str, int]
-    """The same by link, `near` within nodes and `far` between them."""
-    planning_s: float
-    """Planning and bookkeeping, of the slowest rank."""
-    exposed_s: float
-    """Waiting for expert parameters and gradients, of the rank that waited longest."""
-    experts_s: float
-    """Computing experts, forward and backward, of the rank that took longest."""
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / self.step_s
+    def ping(self) -> None:
+        """Answers."""
 
 
-@ray.remote(num_cpus=0, concurrency_groups={"control": 1})  # pyright: ignore[reportCallIssue]  (Ray's overloads lack concurrency_groups)
+# reports come one after another; whoever asks or wishes is answered meanwhile
+@ray.remote(num_cpus=0, max_restarts=-1, concurrency_groups={"control": 4})  # pyright: ignore[reportCallIssue]  (Ray's overloads lack concurrency_groups)
 class PlacementController:
-    """Settles what is slower than a step. Per-step plans are made by the ranks themselves, from what it last published."""
+    """Settles what is slower than a step. Per-step plans are made by the ranks themselves, from what it last published.
 
-    def __init__(self, job: TrainJob):
+    It may be killed at any time: the workers go on with their steps, and Ray starts it again, to find them by their names.
+
+    Args:
+        run: the run's name, which those of all its actors begin with.
+        lease: the run ends when this actor is gone; None: it goes on without whoever started it.
+    """
+
+    def __init__(self, job: TrainJob, run: str, lease: ActorHandle | None):
         logging.basicConfig(level=env.log_level())
         export_metrics()
-        self._job = job
-        self._publication: Publication | None = None
-        self._workers: list[ActorHandle] = []
-        self._facts: list[WorkerFacts] = []
-        self._reports: dict[int, dict[int, StepReport]] = {}
-        self._attention_ns: list[int] = []
-        self._row_ns: list[float] = []
-        self._summaries: deque[StepSummary] = deque(maxlen=_KEPT_STEPS)
-        self._num_steps = 0
+        self._job, self._run, self._lease = job, run, lease
+        is_new = not ray.get_runtime_context().was_current_actor_reconstructed
+        workers, self._wishes_path = job.config.workers, job.folder / _WISHES_FILE
+        self._wishes = Wishes(workers.max, workers.min) if is_new else Wishes.load(self._wishes_path)
+        self._wishes.save(self._wishes_path)
+        self._roster = Roster(job, run)
+        self._log = ElasticLog(job.folder / EVENTS_FILE, is_new)
+        self._book = StepBook(job, self._first_step)
+        me = ray.get_actor(f"{run}/placement-controller", NAMESPACE)
+        self._keeper = EpochKeeper(job, self._wishes, self._roster, self._book, self._log, me)
+        self._thread = threading.Thread(target=self._keeper.run, name="keeper", daemon=True)
+        self._thread.start()
+        if lease is not None:
+            threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
 
     def __repr__(self) -> str:
         return "PlacementController"
 
-    def register(self, workers: list[ActorHandle], facts: list[WorkerFacts]) -> None:
-        """Takes the ranks of the epoch, with what each found at its start."""
-        self._workers, self._facts = workers, facts
-        self._publication = facts[0].publication
-
-    def report(self, rank: int, report: StepReport) -> None:
+    def report(self, rank: int, epoch: int, report: StepReport) -> None:
         """One rank's account of one step."""
-        reports = self._reports.setdefault(report.step, {})
-        reports[rank] = report
-        if len(reports) == self._job.config.workers:
-            del self._reports[report.step]
-            summary = summarise(list(reports.values()), self._job.owners)
-            self._summaries.append(summary)
-            self._num_steps += 1
-            metrics.TRAIN_EXPERT_IMBALANCE_RATIO.set(summary.worker_imbalance)
-            self._settle(list(reports.values()))
+        publication = self._book.report(rank, epoch, report)
+        order = self._keeper.order
+        if publication is not None and order is not None and order.number == epoch:
+            self._roster.call(order.members, "publish", publication)
 
     @ray.method(concurrency_group="control")
-    def progress(self, known: int) -> list[StepSummary]:
-        """Summaries of the steps after the first `known` ones, as far back as they are kept."""
-        return [summary for summary in list(self._summaries) if summary.step >= known]
-
-    def publish(self, changes: dict[str, Any]) -> Publication:
-        """The last publication with other fields, under the next version; whoever asks hands it to the workers."""
-        assert self._publication is not None, "register() comes first"
-        self._publication = replace(self._publication, version=self._publication.version + 1, **changes)
-        return self._publication
+    def train(self, until: int, keeps_records: bool) -> None:
+        """So many steps are to be done; `state` says when they are."""
+        self._wishes.keeps_records = keeps_records
+        self._wishes.until = max(self._wishes.until, until)
+        self._wishes.save(self._wishes_path)
 
     @ray.method(concurrency_group="control")
-    def state(self) -> dict[str, object]:
-        """The run as it is: steps done, what is published, what was measured."""
-        return {
-            "steps": self._num_steps,
-            "publication": self._publication,
-        }
+    def progress(self, known: int, known_events: int) -> tuple[list[StepSummary], list[RunEvent], RunState]:
+        """Steps from `known` on, events from `known_events` on, and the run as it is."""
+        return self._book.summaries(known), self._log.since(known_events), self._state()
 
-    def _settle(self, reports: list[StepReport]) -> None:
-        """Publishes what the cost model needs, once steps have been seen working."""
-        first = self._publication
-        if first is None or first.version > 0 or len(self._facts) < 2 or self._job.config.experts.cluster is not None:
-            return
-        if self._num_steps > _UNMEASURED_STEPS:
-            self._attention_ns.append(min(each.attention_ns for each in reports))
-            # over all ranks together: one that owns none of the hot experts has hardly a row to be timed by
-            rows = sum(int(each.computed_rows.sum()) for each in reports)
-            self._row_ns.append(sum(each.experts_ns for each in reports) / max(rows, 1))
-        if len(self._attention_ns) < _MEASURED_STEPS:
-            return
-        job = self._job
-        attention_ns, row_ns = int(np.median(self._attention_ns)), float(np.median(self._row_ns))
-        cluster = measured_cluster(self._facts[0], int(job.workload.row_flops * 1e9 / max(row_ns, 1e-3)))
-        workload = replace(first.workload, attention_ns=attention_ns)
-        self._publication = replace(first, version=1, cluster=cluster, workload=workload, extra_slots=job.extra_slots)
-        logger.info("measured: attention %.1f ms, a routed row %.1f us, %.0f MB/s and %.0f us between workers, overlap %d %%",
-                    attention_ns / 1e6, row_ns / 1e3, cluster.inter_bytes_s / 1e6, cluster.latency_ns / 1e3,
-                    cluster.overlap_percent)  # fmt: skip
-        for worker in self._workers:
-            worker.publish.remote(self._publication)
+    @ray.method(concurrency_group="control")
+    def state(self) -> RunState:
+        """The run as it is."""
+        return self._state()
 
+    @ray.method(concurrency_group="control")
+    def facts(self) -> list[WorkerFacts]:
+        """What the ranks of the epoch in force found as it began, in their order; empty while there is none."""
+        return self._keeper.facts
 
-def measured_cluster(facts: WorkerFacts, flops_s: int) -> ClusterSpec:
-    """The ranks' nodes, and their links as all of them measured them together."""
-    links = facts.links
-    near = links.intra_bytes_s or links.inter_bytes_s
-    assert near is not None, "a single worker has no links and is not asked"
-    return ClusterSpec(
-        facts.nodes,
-        near,
-        links.inter_bytes_s or near,
-        latency_ns=links.latency_ns or links.inter_latency_ns or 0,
-        inter_latency_ns=links.inter_latency_ns or 0,
-        flops_s=max(flops_s, 1),
-        nic_shared=links.is_nic_shared,
-        full_duplex=links.is_full_duplex,
-        overlap_percent=links.overlap_percent,
-    )
+    @ray.method(concurrency_group="control")
+    def members(self) -> list[ActorHandle]:
+        """The workers of the epoch in force, in the order of their ranks."""
+        order = self._keeper.order
+        return [] if order is None else [self._roster[member] for member in order.members]
 
+    @ray.method(concurrency_group="control")
+    def publish(self, changes: dict[str, Any]) -> None:
+        """Gives the workers another publication; they apply it in the second step from now."""
+        order = self._keeper.order
+        assert order is not None, "the run has begun"
+        publication = self._book.next_publication(**changes)
+        ray.get(list(self._roster.call(order.members, "publish", publication)))
 
-def summarise(reports: list[StepReport], owners: np.ndarray) -> StepSummary:
-    """One step's reports of all ranks as one. owners int64 [L, E]."""
-    first = reports[0]
-    loads_LE = np.sum([report.loads for report in reports], axis=0)
-    owned_DL = np.stack([(loads_LE * (owners == rank)).sum(1) for rank in range(len(reports))])
-    computed_DL = np.stack([report.computed_rows for report in reports])
-    return StepSummary(
-        step=first.step,
-        loss=first.loss,
-        balance_loss=first.balance_loss,
-        z_loss=first.z_loss,
-        grad_norm=first.grad_norm,
-        learning_rate=first.learning_rate,
-        tokens=first.tokens,
-        step_s=max(report.step_s for report in reports),
-        expert_imbalance=_imbalance(loads_LE.T),
-        owner_imbalance=_imbalance(owned_DL),
-        worker_imbalance=_imbalance(computed_DL),
-        loads=loads_LE,
-        copies=first.copies,
-        resharded=first.resharded,
-        moved_bytes=_summed([report.moved_bytes for report in reports]),
-        link_bytes=_summed([report.link_bytes for report in reports]),
-        planning_s=max(report.planning_ns for report in reports) / 1e9,
-        exposed_s=max(report.exposed_ns for report in reports) / 1e9,
-        experts_s=max(report.experts_ns + report.experts_backward_ns for report in reports) / 1e9,
-    )
+    @ray.method(concurrency_group="control")
+    def scale(self, num_workers: int) -> None:
+        """Has so many workers from now on, as soon as there is room, or lets the last ones go.
 
+        Raises:
+            ValueError: the run cannot.
+        """
+        config = self._job.config
+        if config.dense == "sharded":
+            raise ValueError("the run's dense parameters are sharded, and cannot follow a changing number of workers")
+        if not 1 <= num_workers <= config.batch:
+            raise ValueError(f"{num_workers} workers: a step has {config.batch} sequences, give 1 to {config.batch}")
+        self._wishes.least = min(self._wishes.least, num_workers)
+        self._wishes.most = num_workers
+        self._wishes.save(self._wishes_path)
 
-def _summed(bytes_by_rank: list[dict[str, int]]) -> dict[str, int]:
-    kinds = sorted({kind for each in bytes_by_rank for kind in each})
-    return {kind: sum(each.get(kind, 0) for each in bytes_by_rank) for kind in kinds}
+    @ray.method(concurrency_group="control")
+    def drain(self, node: str) -> None:
+        """Takes workers off a node, by its id in hex, and places no new ones there."""
+        self._wishes.leaving_nodes.add(node)
+        self._wishes.save(self._wishes_path)
 
+    @ray.method(concurrency_group="control")
+    def end(self) -> None:
+        """Ends all workers; returns when they are gone."""
+        self._wishes.is_over = True
+        self._thread.join(timeout=10)
 
-def _imbalance(rows_NL: np.ndarray) -> float:
-    """Max over mean along the first axis, averaged over layers."""
-    return float((rows_NL.max(0) / rows_NL.mean(0)).mean())
+    def _first_step(self, step: int) -> None:
+        """Of an epoch; the first of a run is nothing that happened."""
+        if (order := self._keeper.order) is None or order.number > 0:
+            self._log.add("resumed", step + 1, f"step {step} is done")
+
+    def _state(self) -> RunState:
+        keeper = self._keeper
+        order = keeper.order
+        return RunState(
+            run=self._run,
+            epoch=order.number if order is not None else -1,
+            members=order.members if order is not None else (),
+            next_step=self._book.next_step,
+            reached=keeper.reached,
+            least=self._wishes.least,
+            most=self._wishes.most,
+            publication=self._book.publication,
+            workers=tuple(keeper.states[m] for m in sorted(keeper.states)),
+            waits_for=keeper.waits_for,
+            failure=keeper.failure,
+        )
+
+    def _watch_lease(self) -> None:
+        assert self._lease is not None
+        stopped = threading.Event()
+        while not self._wishes.is_over:
+            try:
+                ray.get(self._lease.ping.remote())
+            except RayError:
+                logger.warning("whoever started the run is gone, and the run ends")
+                self._wishes.is_over = True
+                self._thread.join(timeout=10)
+                ray.kill(ray.get_actor(f"{self._run}/placement-controller", NAMESPACE))
+            stopped.wait(0.5)

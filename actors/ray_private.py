@@ -2,6 +2,7 @@
 
 import re
 
+from ray._private import state
 from ray._private.ray_logging import stdout_deduplicator
 
 
@@ -11,3 +12,8 @@ def hide_driver_lines(pattern: str) -> None:
     `RAY_DEDUP_LOGS_SKIP_REGEX` does the same, but is read once, when Ray is imported.
     """
     stdout_deduplicator.skip_re = re.compile(pattern)
+
+
+def draining_nodes() -> set[str]:
+    """Ids, in hex, of nodes that are about to be taken away: preempted, or given up by the autoscaler."""
+    return set(state.state.get_draining_nodes())

@@ -5,8 +5,11 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
+
+NAMESPACE = "raymoe"
 
 
 @contextmanager
@@ -22,7 +25,7 @@ def ray_session(min_cpus: int, *, own: bool = False, dashboard: bool = True) -> 
     Yields:
         The dashboard's URL, or "" without one.
     """
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "raymoe"}
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE}
     if ray.is_initialized():
         raise RuntimeError("Ray is connected already in this process; call ray.shutdown() first")
     if own or "RAY_ADDRESS" not in os.environ:
@@ -38,6 +41,30 @@ def ray_session(min_cpus: int, *, own: bool = False, dashboard: bool = True) -> 
         yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def joined_session() -> Iterator[None]:
+    """Connects to the cluster that is there: the one of `RAY_ADDRESS`, or the last one that was started on this machine.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR, namespace=NAMESPACE)
+    except ConnectionError:
+        raise ValueError("no Ray cluster is running here; set RAY_ADDRESS to that of the one you mean") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def actor_names() -> list[str]:
+    """Names of all raymoe actors in the cluster that have one."""
+    # annotated as names alone, which it gives without the argument
+    named: list[Any] = ray.util.list_named_actors(all_namespaces=True)
+    return [each["name"] for each in named if each["namespace"] == NAMESPACE]
 
 
 def free_address() -> str:

@@ -1,30 +1,31 @@
-"""The workers and the controller of one training run, from the driver's side."""
+"""A training run from the driver's side: starts its controller, follows it, and ends it."""
 
-import logging
+import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raymoe.actors.expert_worker import ExpertWorker, WorkerFacts
-from raymoe.actors.placement_controller import PlacementController, StepSummary
-from raymoe.config import TrainConfig
+from raymoe.actors.elastic_log import RunEvent
+from raymoe.actors.orders import RunState, WorkerFacts, WorkerState
+from raymoe.actors.placement_controller import Lease, PlacementController
+from raymoe.actors.roster import answers, explain
+from raymoe.actors.session import NAMESPACE
+from raymoe.actors.step_summary import StepSummary
 from raymoe.errors import RunFailed
 from raymoe.training.job import TrainJob
-from raymoe.training.placing import PlanMismatch
+from raymoe.training.publication import Publication
 
-logger = logging.getLogger("raymoe")
-
-NAMESPACE = "raymoe"
-_POLL_S = 0.25
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_ARENA_MAX": "1"}
-"""glibc's settings for workers on CPUs. By its own it gives large blocks back to the kernel at once, and they are faulted in
-page by page in every step anew, which took up to half of an expert's backward pass."""
+_POLL_S = 0.2
+_RESTART_S = 60.0
+"""How long a controller may be away."""
 
 
 class WorkersFailed(RunFailed):
@@ -32,14 +33,19 @@ class WorkersFailed(RunFailed):
 
 
 class WorkerGroup:
-    """Starts a run's actors, trains, saves. Use as a context manager: leaving it ends all the actors."""
+    """Starts a run's actors, trains, saves. Use as a context manager: leaving it ends all the actors, unless the run is
+    detached and goes on without us."""
 
     def __init__(self, job: TrainJob):
         self._job = job
-        self._run = f"{job.folder.name}-{uuid.uuid4().hex[:6]}"
+        self.run = f"{job.folder.name}-{uuid.uuid4().hex[:6]}"
+        """Its name, by which `raymoe status` and others find it."""
         self._timeout_s = job.config.worker_timeout_s
         self._controller: ActorHandle | None = None
-        self.workers: list[ActorHandle] = []
+        self._lease: ActorHandle | None = None
+        self._known_events = 0
+        self.events: list[RunEvent] = []
+        """Deaths, joins and the like so far."""
         self.facts: list[WorkerFacts] = []
         """What each worker found at its start."""
 
@@ -49,7 +55,15 @@ class WorkerGroup:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._kill()
+        if self._controller is None:
+            return
+        # one that is being restarted is ended by the lease
+        with suppress(RayError, GetTimeoutError):
+            ray.get(self._controller.end.remote(), timeout=15)
+        ray.kill(self._controller)
+        if self._lease is not None:
+            ray.kill(self._lease)
+        self._controller = None
 
     @property
     def controller(self) -> ActorHandle:
@@ -57,130 +71,111 @@ class WorkerGroup:
         assert self._controller is not None, "start() comes first"
         return self._controller
 
+    @property
+    def workers(self) -> list[ActorHandle]:
+        """The workers of the epoch in force, in the order of their ranks."""
+        # a controller that has just been restarted has yet to find them
+        until = time.monotonic() + _RESTART_S
+        while not (members := self._ask("members")):
+            if time.monotonic() > until:
+                raise WorkersFailed(f"the controller has found no workers for {_RESTART_S:g} s")
+            time.sleep(_POLL_S)
+        return members
+
     def start(self) -> None:
-        """Places the controller and the workers, forms the epoch, and loads the model.
+        """Places the controller and the workers, forms the first epoch, and loads the model.
 
         Raises:
             WorkersFailed: the cluster has no room for them in time, or one failed.
         """
-        config = self._job.config
-        named = {"namespace": NAMESPACE}
-        self._controller = PlacementController.options(name=f"{self._run}/placement-controller", **named).remote(
-            self._job
-        )
-        resources = {
-            "num_cpus": config.worker_cpus,
-            "num_gpus": config.worker_gpus,
-            "runtime_env": {"env_vars": _worker_env(config)},
-        }
-        self.workers = [
-            ExpertWorker.options(name=f"{self._run}/expert-worker-{rank}", **named, **resources).remote(rank, self._job)
-            for rank in range(config.workers)
-        ]
-        meeting, *_ = self._gather([worker.rendezvous.remote() for worker in self.workers], "could not be placed")
-        measurements = self._gather([worker.start.remote(meeting) for worker in self.workers], "did not start")
-        self.facts = measurements
-        self._advanced = measurements[0].next_step
-        ray.get(self.controller.register.remote(self.workers, measurements), timeout=self._timeout_s)
+        # they go with the driver's node, and no other
+        here = ray.get_runtime_context().get_node_id()
+        if not self._job.config.detached:
+            self._lease = Lease.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)).remote()
+        self._controller = PlacementController.options(
+            name=f"{self.run}/placement-controller",
+            namespace=NAMESPACE,
+            lifetime="detached",
+            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
+        ).remote(self._job, self.run, self._lease)
+        while not self.facts:
+            time.sleep(_POLL_S / 4)
+            self._check(self._ask("state"))
+            self.facts = self._ask("facts")
+        self._next_step = self.facts[0].next_step
 
     def train(self) -> Iterator[StepSummary]:
-        """Runs all steps; yields each as it is done.
+        """Runs all steps; yields each as it is done, once, also if workers die meanwhile and steps are repeated.
 
         Raises:
-            WorkersFailed: a worker died or failed.
+            WorkersFailed: the run cannot go on.
         """
-        running: dict[ray.ObjectRef, int] = {
-            worker.run.remote(self.controller): rank for rank, worker in enumerate(self.workers)
-        }
-        known = self.facts[0].next_step
-        while known < self._job.config.steps:
-            if _failures(running, wait_s=_POLL_S):
-                raise self._explain(running)
-            fresh = ray.get(self.controller.progress.remote(known), timeout=self._timeout_s)
-            yield from fresh
-            known += len(fresh)
-        self._gather(list(running), "did not finish")
+        yield from self._follow(self._job.config.steps, keeps_records=True)
+
+    def advance(self, num_steps: int) -> list[StepSummary]:
+        """Some steps and no more; nothing is traced or saved."""
+        return list(self._follow(self._next_step + num_steps, keeps_records=False))
 
     def publish(self, **changes: Any) -> None:
         """Gives the workers another publication than the controller's last; they apply it in the second step from now."""
-        held = self.controller.publish.remote(changes)
-        self._gather([worker.publish.remote(held) for worker in self.workers], "did not take a publication")
+        self._ask("publish", changes)
 
-    def advance(self, num_steps: int) -> list[StepSummary]:
-        """Some steps and no more, all workers together."""
-        known = self._advanced
-        calls: list[ray.ObjectRef] = [worker.advance.remote(num_steps, self.controller) for worker in self.workers]
-        self._gather(calls, "did not finish")
-        self._advanced += num_steps
-        steps: list[StepSummary] = []
-        while len(steps) < num_steps:
-            # reports come a moment after the calls end
-            steps = ray.get(self.controller.progress.remote(known), timeout=self._timeout_s)
-        return steps
+    def scale(self, num_workers: int) -> None:
+        """Has so many workers from now on, as soon as there is room, or lets the last ones go."""
+        self._ask("scale", num_workers)
+
+    def publication(self) -> Publication | None:
+        """What the controller published last."""
+        return self._ask("state").publication
 
     def save(self, path: Path) -> None:
         """Writes the trained model as a Hugging Face directory."""
-        self._gather([worker.save.remote(path) for worker in self.workers], "did not save")
+        self._all("save", path)
 
-    def states(self) -> list[dict[str, object]]:
+    def states(self) -> list[WorkerState]:
         """Every worker's state, in the order of the ranks."""
-        return self._gather([worker.state.remote() for worker in self.workers], "did not report their state")
+        return self._all("state")
 
-    def _gather(self, refs: list[ray.ObjectRef], what: str) -> list:
-        try:
-            return ray.get(refs, timeout=self._timeout_s)
-        except GetTimeoutError:
-            config = self._job.config
-            raise WorkersFailed(
-                f"{config.workers} workers {what} within {self._timeout_s:g} s. They need {config.worker_cpus:g} "
-                f"CPUs and {config.worker_gpus:g} GPUs each; free in the cluster: {_free()}. Lower 'workers', free "
-                "resources, or raise 'worker_timeout_s'."
-            ) from None
-        except RayError:
-            raise self._explain({ref: rank for rank, ref in enumerate(refs)}) from None
+    def _follow(self, until: int, keeps_records: bool) -> Iterator[StepSummary]:
+        self._ask("train", until, keeps_records)
+        while True:
+            fresh, events, state = self._ask("progress", self._next_step, self._known_events)
+            self.events += events
+            self._known_events += len(events)
+            for summary in fresh:
+                if summary.step < until:
+                    self._next_step = summary.step + 1
+                    yield summary
+            self._check(state)
+            if state.reached >= until and self._next_step >= until:
+                return
+            if not fresh:
+                time.sleep(_POLL_S)
 
-    def _explain(self, running: dict[ray.ObjectRef, int]) -> WorkersFailed:
-        """Names the cause: a death before an error of our own before a collective that broke because of them."""
-        # a rank whose peer is gone needs a moment to notice
-        failures = _failures(running, wait_s=2)
-        rank, error = min(failures.items(), key=lambda item: (_blame(item[1]), item[0]))
-        logger.debug("worker %d: %s", rank, error)
-        if isinstance(error, RayActorError):
-            return WorkersFailed(f"worker {rank} died: {' '.join(str(error).split())}")
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        return WorkersFailed(f"worker {rank} failed: {type(cause).__name__}: {' '.join(str(cause).split())}")
+    def _check(self, state: RunState) -> None:
+        if state.failure is not None:
+            raise WorkersFailed(state.failure)
 
-    def _kill(self) -> None:
-        for actor in [*self.workers, self._controller]:
-            if actor is not None:
-                ray.kill(actor)
-        self.workers, self._controller = [], None
+    def _ask(self, method: str, *args: Any) -> Any:
+        """Asks the controller, and its successor if it is being restarted."""
+        until = time.monotonic() + _RESTART_S
+        while True:
+            try:
+                return ray.get(getattr(self.controller, method).remote(*args), timeout=_RESTART_S)
+            except GetTimeoutError:
+                raise WorkersFailed(f"the controller has not answered for {_RESTART_S:g} s") from None
+            except (ActorUnavailableError, RayActorError) as error:
+                if time.monotonic() > until:
+                    raise WorkersFailed(f"the controller is gone: {error}") from None
+                time.sleep(_POLL_S)
 
-
-def _worker_env(config: TrainConfig) -> dict[str, str]:
-    return (KEEP_FREED_MEMORY if config.worker_gpus == 0 else {}) | config.env
-
-
-def _failures(running: dict[ray.ObjectRef, int], wait_s: float) -> dict[int, RayError]:
-    """The errors, by rank, of the calls that end within `wait_s`."""
-    done, _ = ray.wait(list(running), num_returns=len(running), timeout=wait_s)
-    failures = {}
-    for ref in done:
-        try:
-            ray.get(ref)
-        except RayError as error:
-            failures[running[ref]] = error
-    return failures
-
-
-def _blame(error: RayError) -> int:
-    if isinstance(error, RayActorError):
-        return 0
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    # a broken collective is a RuntimeError, and is what all the other ranks see
-    return 2 if isinstance(cause, RuntimeError) and not isinstance(cause, PlanMismatch) else 1
-
-
-def _free() -> str:
-    free = ray.available_resources()
-    return f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs"
+    def _all(self, method: str, *args: Any) -> list[Any]:
+        workers = self.workers
+        calls = {getattr(worker, method).remote(*args): rank for rank, worker in enumerate(workers)}
+        results, errors = answers(calls, self._timeout_s)
+        if errors:
+            raise WorkersFailed(explain(errors))
+        if len(results) < len(workers):
+            silent = sorted(set(range(len(workers))) - results.keys())
+            raise WorkersFailed(f"workers {', '.join(map(str, silent))} did not answer within {self._timeout_s:g} s")
+        return [results[rank] for rank in range(len(workers))]

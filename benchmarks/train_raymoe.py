@@ -16,6 +16,7 @@ from raymoe.config import TrainConfig, parse_config
 from raymoe.models.forced_routing import force_routing
 from raymoe.training.batches import Batch
 from raymoe.training.job import TrainJob, job_fields
+from raymoe.training.publication import Publication
 from raymoe.training.trainer import Trainer
 from raymoe.training.world import World
 
@@ -41,8 +42,8 @@ class BenchJob(TrainJob):
 
         return batch
 
-    def build_trainer(self, world: World) -> Trainer:
-        trainer = super().build_trainer(world)
+    def start_trainer(self, world: World, publication: Publication, resumes: Path | None) -> Trainer:
+        trainer = super().start_trainer(world, publication, resumes)
 
         def choose(layer: int, _call: int, _num_tokens: int) -> torch.Tensor:
             step = trainer.next_step
@@ -85,6 +86,7 @@ class RaymoeGroup:
             "experts": {"policy": "fssdp", "reshard_every": 0},
             "workers": workers,
             "batch": given.sequences,
+            "snapshots": {"every": 0},
             "steps": 1_000_000,
             "optimizer": {
                 "lr": given.learning_rate,
@@ -121,4 +123,4 @@ class RaymoeGroup:
 
     def state_bytes(self) -> list[dict[str, int]]:
         """Parameters, gradients, optimizer and copies of every worker, as they are now."""
-        return [state["state_bytes"] for state in self.group.states()]  # pyright: ignore[reportReturnType]
+        return [state.state_bytes for state in self.group.states()]

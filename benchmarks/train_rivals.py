@@ -29,7 +29,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from raymoe.actors.worker_group import KEEP_FREED_MEMORY
+from raymoe.actors.roster import KEEP_FREED_MEMORY
 from raymoe.benchmarks.train_rival_common import Done, Start, Steps
 from raymoe.benchmarks.train_workload import LOADS, WORKLOAD, TrainWorkload
 from raymoe.telemetry import write_json

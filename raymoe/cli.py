@@ -41,6 +41,9 @@ def train(
     overrides: Overrides = None,
     json: Json = None,
     profile: Annotated[int | None, typer.Option(min=1, help="Steps to trace with the torch profiler.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint, which must be there.")
+    ] = False,
 ) -> None:
     """Train the model that CONFIG describes."""
     from raymoe.config import TrainConfig, load_config
@@ -51,7 +54,38 @@ def train(
     # after the check: it imports torch, transformers and Ray
     from raymoe.commands.train import train as run
 
-    run(checked, shown_console(), shown_command(), json)
+    run(checked, shown_console(), shown_command(), json, must_resume=resume)
+
+
+Run = Annotated[str | None, typer.Option(help="Name of the run, or the beginning of it.")]
+
+
+@app.command()
+def status(
+    run: Run = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Again and again, until the run ends.")] = False,
+    json: Json = None,
+) -> None:
+    """Show the training runs in the cluster: epoch, workers, experts, snapshots, speed, events."""
+    from raymoe.commands.runs import status as show
+
+    show(run, 1.0 if watch else None, shown_console(), shown_command(), json)
+
+
+@app.command()
+def scale(workers: Annotated[int, typer.Argument(min=1, help="Workers to have.")], run: Run = None) -> None:
+    """Change the number of workers of a training run while it trains."""
+    from raymoe.commands.runs import scale as change
+
+    change(workers, run, shown_console())
+
+
+@app.command()
+def drain(node: Annotated[str, typer.Argument(help="Id or address of a node.")], run: Run = None) -> None:
+    """Move the workers of training runs off NODE, so that it can be taken away."""
+    from raymoe.commands.runs import drain as leave
+
+    leave(node, run, shown_console())
 
 
 @app.command()
@@ -122,6 +156,20 @@ def bench_train(
     from raymoe.commands.bench import bench_train as run
 
     run(workers, load, policies, rivals, steps, shown_console(), shown_command(), json)
+
+
+@bench.command(name="elastic")
+def bench_elastic(
+    workers: Annotated[int, typer.Option(min=2)] = 3,
+    kills: Annotated[int, typer.Option(min=1, help="Workers killed at random, one after another.")] = 20,
+    snapshots: Annotated[str, typer.Option(help="Steps between two snapshots in memory, or auto.")] = "auto",
+    seed: int = 0,
+    json: Json = None,
+) -> None:
+    """Kill, add and remove workers of a training run, and time how it goes on."""
+    from raymoe.commands.bench import bench_elastic as run
+
+    run(workers, kills, snapshots, seed, shown_console(), shown_command(), json)
 
 
 def main() -> None:

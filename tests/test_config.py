@@ -7,7 +7,7 @@ OLMOE = {"model": {"config": {"model_type": "olmoe"}}}
 
 def test_the_example_is_valid_and_overrides_lie_over_it():
     config = load_config(TrainConfig, "examples/train.yaml", ["optimizer.lr=3e-4", "workers=3", "experts.policy=ep"])
-    assert (config.optimizer.lr, config.workers, config.experts.policy) == (3e-4, 3, "ep")
+    assert (config.optimizer.lr, config.workers.min, config.workers.max, config.experts.policy) == (3e-4, 3, 3, "ep")
     assert config.model.config["num_experts"] == 24
 
 
@@ -17,8 +17,14 @@ def test_the_example_is_valid_and_overrides_lie_over_it():
         ({"exprets": {}}, r"^exprets: unknown key; did you mean 'experts'\?$"),
         ({"experts": {"polcy": "ep"}}, r"^experts\.polcy: unknown key; did you mean 'policy'\?$"),
         ({"experts": {"zzz": 1}}, r"^experts\.zzz: unknown key; known keys: policy, "),
-        ({"workers": "many"}, r"^workers: Input should be a valid integer.*got 'many'"),
-        ({"workers": 0}, r"^workers: Input should be greater than or equal to 1 \(got 0\)$"),
+        ({"workers": "many"}, r"^workers: give a number of workers from 1 on, or bounds: .*got 'many'"),
+        ({"workers": 0}, r"^workers: give a number of workers from 1 on.*\(got 0\)$"),
+        ({"workers": {"min": 3}}, r"^workers: min: 3 is above max, 2"),
+        (
+            {"workers": {"min": 1, "max": 3}, "dense": "sharded"},
+            r"dense: sharded parameters cannot follow a changing number",
+        ),
+        ({"snapshots": {"every": -1}}, r"^snapshots: every: must be 'auto' or an integer of at least 0"),
         ({"batch": 1}, r"^batch: 1 sequences do not reach 2 workers; need at least 2$"),
         ({"experts": {"overlap_degree": -1}}, r"^experts\.overlap_degree.*at least 0"),
         ({"model": {"path": "nowhere"}}, r"^model: path: no config.json in nowhere"),

@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from raymoe.actors.expert_worker import WorkerFacts
+from raymoe.actors.orders import WorkerFacts
 from raymoe.commands.progress import TrainingProgress, duration
 from raymoe.commands.train_opening import memory_rows, opening_lines, print_opening, reserved_copy_bytes
 from raymoe.config import TrainConfig, parse_config
@@ -36,10 +36,11 @@ def make(tmp_path_factory):
 
 
 def facts(job, *state_bytes, nodes=None):
-    nodes = nodes or (0,) * job.config.workers
+    nodes = nodes or (0,) * job.config.workers.max
     held = state_bytes or [{"parameters": 100, "gradients": 100, "optimizer": 200, "copies": 0}] * len(nodes)
     links = LinkMeasurement.__new__(LinkMeasurement)  # what was measured is not told before the run
-    return [WorkerFacts(nodes, links, job.first_publication(nodes), 0, each) for each in held]
+    owners = job.owners_among(len(nodes))
+    return [WorkerFacts(nodes, links, job.first_publication(nodes), owners, 0, each) for each in held]
 
 
 def told(job, tokens=1617, is_all_text=True, nodes=None):

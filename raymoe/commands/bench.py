@@ -53,6 +53,18 @@ def bench_train(
     benchmark.run(workers, names, loads.split(","), others, steps, console, command, json)
 
 
+def bench_elastic(
+    workers: int, kills: int, snapshots: str, seed: int, console: Console, command: str, json: Path | None
+) -> None:
+    """Kills workers; see `raymoe.benchmarks.elastic`. Raises: ValueError, a bad interval."""
+    from raymoe.benchmarks import elastic as benchmark
+
+    if snapshots != "auto" and not snapshots.isdigit():
+        raise ValueError(f"--snapshots is {snapshots!r}; give 'auto' or a number of steps")
+    every = snapshots if snapshots == "auto" else int(snapshots)
+    benchmark.run(workers, kills, every, seed, console, command, json)
+
+
 def _on_cuda(shapes: str | None, tokens: str | None, tune: bool, output: Path, json: Path | None) -> None:
     from raymoe.benchmarks import kernels_gpu
     from raymoe.errors import RunFailed

@@ -18,6 +18,7 @@ from raymoe.commands.train_watch import RunWatch
 from raymoe.config import ConfigError, TrainConfig
 from raymoe.telemetry import run_meta, write_json, write_report
 from raymoe.telemetry.loggers import RunLog, open_loggers
+from raymoe.training.checkpoint import latest
 from raymoe.training.data.prepare import PreparedData
 from raymoe.training.evaluate import EvalResult, baselines, evaluate
 from raymoe.training.job import DTYPES, prepare_job, prepare_text
@@ -26,9 +27,20 @@ from raymoe.training.profile import trace_path
 _EVALUATION_BATCH = 16
 
 
-def train(config: TrainConfig, console: Console, command: str, json_path: Path | None = None) -> TrainingOutcome:
-    """The whole command: trains in a Ray session, evaluates, writes checkpoint, trace and report, prints what came."""
-    with ray_session(math.ceil(config.workers * config.worker_cpus)) as dashboard_url:
+def train(
+    config: TrainConfig, console: Console, command: str, json_path: Path | None = None, *, must_resume: bool = False
+) -> TrainingOutcome:
+    """The whole command: trains in a Ray session, evaluates, writes checkpoint, trace and report, prints what came.
+
+    Args:
+        must_resume: there is to be a checkpoint to go on from.
+
+    Raises:
+        as `run_training`.
+    """
+    if must_resume:
+        _check_resumable(config)
+    with ray_session(math.ceil(config.workers.max * config.worker_cpus)) as dashboard_url:
         outcome = run_training(config, console, dashboard_url, command)
     report = training_report(outcome, command)
     path = config.output / "report.html"
@@ -39,6 +51,14 @@ def train(config: TrainConfig, console: Console, command: str, json_path: Path |
         console.print(f"profile     {trace_path(outcome.job.folder, rank)}", highlight=False)
     console.print(f"checkpoint  {outcome.checkpoint}\nreport      {path}", highlight=False)
     return outcome
+
+
+def _check_resumable(config: TrainConfig) -> None:
+    folder = config.checkpoint.folder
+    if folder is None:
+        raise ConfigError("--resume: give 'checkpoint.folder', where the run's checkpoints lie")
+    if latest(folder) is None:
+        raise ConfigError(f"--resume: no complete checkpoint lies in {folder}")
 
 
 def run_training(
@@ -80,7 +100,7 @@ def _run(
     with WorkerGroup(job) as group:
         with stage(console, "workers") as say:
             group.start()
-            say(f"{config.workers} ExpertWorker actors" + (f"; dashboard {dashboard_url}" if dashboard_url else ""))
+            say(f"{len(group.facts)} ExpertWorker actors" + (f"; dashboard {dashboard_url}" if dashboard_url else ""))
         first = group.facts[0].next_step
         if first >= config.steps:
             raise ConfigError(
@@ -100,7 +120,7 @@ def _run(
                 watch.step(step)
                 text.check()
             watch.finish(steps[-1].step)
-        memory = memory_rows(job, group.facts, held=[_bytes_of(state) for state in group.states()])
+        memory = memory_rows(job, group.facts, held=[state.state_bytes for state in group.states()])
         with stage(console, "saving") as say:
             group.save(checkpoint)
             say(f"Hugging Face directory {checkpoint}")
@@ -118,7 +138,8 @@ def _run(
         chosen=chosen,
         memory=memory,
         events=watch.events,
-        profiled_ranks=[rank for rank in range(config.workers) if _is_fresh(trace_path(folder, rank), started_s)],
+        num_workers=len(group.facts),
+        profiled_ranks=[rank for rank in range(len(group.facts)) if _is_fresh(trace_path(folder, rank), started_s)],
     )
     log.end({"loss": steps[-1].loss, "steps": config.steps} | result_meta(outcome))
     return outcome
@@ -130,12 +151,6 @@ def _evaluate(config: TrainConfig, checkpoint: Path, text: PreparedData) -> Eval
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)  # pyright: ignore[reportArgumentType]  (transformers wraps nn.Module.to)
     return evaluate(model, text.held_out, config.data.sequence_length, _EVALUATION_BATCH, torch.device(device))
-
-
-def _bytes_of(state: dict[str, object]) -> dict[str, int]:
-    held = state["state_bytes"]
-    assert isinstance(held, dict)
-    return held
 
 
 def _is_fresh(path: Path, since_s: float) -> bool:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from raymoe.actors.expert_worker import WorkerFacts
+from raymoe.actors.orders import WorkerFacts
 from raymoe.placement import Base, Policy, policy
 from raymoe.placement.state import PlacementState
 from raymoe.training.batches import num_sequences
@@ -53,14 +53,16 @@ def opening_lines(
     lines = [
         ("model", _model(job)),
         ("data", _data(job, train_tokens, is_all_text)),
-        ("batch", _batch(job)),
+        ("batch", _batch(job, len(facts))),
         ("precision", _precision(config.model.dtype)),
         ("policy", f"{this.name} ({_whose(experts, 'policy')}): {reason}"),
-        ("m", _slots(job)),
+        ("m", _slots(job, len(facts))),
         ("t", _degree(job, this, publication)),
         ("transport", _transport(job, publication)),
         ("dispatch", _dispatch(job, this, publication)),
-        ("re-sharding", _resharding(job, this)),
+        ("re-sharding", _resharding(job, this, len(facts))),
+        ("workers", _workers(job, len(facts))),
+        ("snapshots", _snapshots(job, publication)),
     ]
     if job.resumes is not None:
         lines.append(("goes on", f"with step {facts[0].next_step}, from {job.resumes}"))
@@ -96,10 +98,11 @@ def memory_rows(
 def reserved_copy_bytes(job: TrainJob, publication: Publication) -> int:
     """Bytes that a worker sets aside for copies once costs are known: parameters and gradients of m experts, for every layer,
     or for two at a time with re-materialisation."""
-    if job.config.workers == 1:
+    size = publication.cluster.num_devices
+    if size == 1:
         return 0
     this = policy(publication.policy)
-    slots = job.extra_slots if waits_for_costs(job, publication) else publication.extra_slots
+    slots = job.extra_slots(size) if waits_for_costs(job, publication) else publication.extra_slots
     num_sets = min(2, job.num_layers) if this.rematerialise else job.num_layers
     return 2 * num_sets * min(slots, job.num_experts) * job.workload.expert_bytes
 
@@ -108,9 +111,9 @@ def waits_for_costs(job: TrainJob, publication: Publication) -> bool:
     """Whether the workers go by a first publication that the controller will replace by one with measured costs."""
     experts = job.config.experts
     return (
-        publication.version == 0
+        not publication.is_measured
         and experts.cluster is None
-        and job.config.workers > 1
+        and publication.cluster.num_devices > 1
         and policy(publication.policy).needs_costs(job.overlap_degree)
     )
 
@@ -136,12 +139,12 @@ def _data(job: TrainJob, train_tokens: int, is_all_text: bool) -> str:
     )
 
 
-def _batch(job: TrainJob) -> str:
+def _batch(job: TrainJob, size: int) -> str:
     config = job.config
-    passes = num_micros(config.batch, config.workers, config.micro_batch)
-    each = f"{config.batch / (config.workers * passes):.4g}"
+    passes = num_micros(config.batch, size, config.micro_batch)
+    each = f"{config.batch / (size * passes):.4g}"
     return (
-        f"{config.batch} sequences a step ({config.batch * config.data.sequence_length:,} tokens) = {config.workers} workers x "
+        f"{config.batch} sequences a step ({config.batch * config.data.sequence_length:,} tokens) = {size} workers x "
         f"{passes} {'pass' if passes == 1 else 'passes'} x {each}"
     )
 
@@ -152,12 +155,12 @@ def _precision(dtype: str) -> str:
     return f"{dtype} throughout: no masters beside the parameters"
 
 
-def _slots(job: TrainJob) -> str:
-    if job.config.workers == 1:
+def _slots(job: TrainJob, size: int) -> str:
+    if size == 1:
         return "no copies: one worker has all experts"
     if job.config.experts.extra_slots is None:
-        return f"{job.extra_slots} copies a layer at most on a worker: as many as it owns"
-    return f"{job.extra_slots} copies a layer at most on a worker: experts.extra_slots"
+        return f"{job.extra_slots(size)} copies a layer at most on a worker: as many as it owns"
+    return f"{job.extra_slots(size)} copies a layer at most on a worker: experts.extra_slots"
 
 
 def _degree(job: TrainJob, this: Policy, publication: Publication) -> str:
@@ -165,7 +168,7 @@ def _degree(job: TrainJob, this: Policy, publication: Publication) -> str:
     cap = (
         "" if job.overlap_degree is None else f", {job.overlap_degree} experts a layer at most: experts.overlap_degree"
     )
-    if job.config.workers == 1:
+    if publication.cluster.num_devices == 1:
         return "nothing travels"
     if not this.needs_costs(job.overlap_degree):
         return f"from loads alone{cap}"
@@ -192,19 +195,40 @@ def _dispatch(job: TrainJob, this: Policy, publication: Publication) -> str:
     }
     if publication.dispatch is not None:
         return f"{publication.dispatch} ({_whose(job.config.experts, 'dispatch')}): {words[publication.dispatch]}"
-    base = Base.of_owners(job.owners, job.config.workers)
+    size = publication.cluster.num_devices
+    base = Base.of_owners(job.owners_among(size), size)
     state = PlacementState(base=base, cluster=publication.cluster, workload=publication.workload, extra_slots=0)
     state = PlacementState(
         base=this.start(base, state), cluster=publication.cluster, workload=publication.workload, extra_slots=0
     )
-    chosen = this.prepare(np.zeros((0, *job.owners.shape), dtype=np.int64), state).dispatch
+    chosen = this.prepare(np.zeros((0, job.num_layers, job.num_experts), dtype=np.int64), state).dispatch
     return f"{chosen} (the policy's): {words[chosen]}"
 
 
-def _resharding(job: TrainJob, this: Policy) -> str:
+def _workers(job: TrainJob, size: int) -> str:
+    workers = job.config.workers
+    if workers.min == workers.max:
+        return f"{size}; one that dies is replaced, and the run goes on when all are there again"
+    return f"{size} now; goes on with {workers.min} or more, and takes in up to {workers.max} when there is room"
+
+
+def _snapshots(job: TrainJob, publication: Publication) -> str:
+    every = job.config.snapshots.every
+    if publication.snapshot_every == 0:
+        why = "dense: sharded" if job.config.dense == "sharded" else "snapshots.every"
+        return f"none ({why}): when a worker dies the run goes back to its last checkpoint"
+    if every == "auto":
+        return (
+            f"every {publication.snapshot_every} steps at first, then as often as {job.config.snapshots.share:.1%} of the time "
+            "allows; in memory, a worker's also with its buddy"
+        )
+    return f"every {every} steps (snapshots.every), in memory, a worker's also with its buddy"
+
+
+def _resharding(job: TrainJob, this: Policy, size: int) -> str:
     every = job.config.experts.reshard_every
     steps = this.interval if every == "auto" else every
-    if not steps or job.config.workers == 1:
+    if not steps or size == 1:
         return "never: experts stay where they are"
     return f"asked every {steps} steps ({'the policy has it so' if every == 'auto' else 'experts.reshard_every'})"
 

@@ -30,6 +30,8 @@ class TrainingOutcome:
     memory: list[dict[str, str | float]]
     """MB by worker and part, at the end."""
     events: list[Event]
+    num_workers: int
+    """At the start."""
     profiled_ranks: list[int]
     """Ranks of which there are traces."""
 
@@ -71,7 +73,7 @@ def training_report(outcome: TrainingOutcome, command: str, title: str = "raymoe
     return Report(
         title=title,
         subtitle=f"{job.total_parameters / 1e6:.1f} M parameters, {job.num_layers} layers x {job.num_experts} experts, "
-        f"{config.workers} workers, {config.experts.policy}",
+        f"{outcome.num_workers} workers, {config.experts.policy}",
         summary=_summary(outcome),
         training=Training(
             step=[step.step for step in steps],
@@ -127,7 +129,7 @@ def result_meta(outcome: TrainingOutcome) -> dict:
     return {
         "parameters": outcome.job.total_parameters,
         "expert_parameters": outcome.job.expert_parameters,
-        "workers": outcome.job.config.workers,
+        "workers": outcome.num_workers,
         "policy": outcome.job.config.experts.policy,
         "seed": outcome.job.config.seed,
         "tokens_per_s": outcome.tokens_per_s,

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 
 from raymoe.actors import StepSummary, WorkerGroup
 from raymoe.commands.train_opening import waits_for_costs
@@ -61,6 +60,7 @@ class RunWatch:
         first = group.facts[0]
         self._asks_for_costs = waits_for_costs(job, first.publication)
         self._copies: list[int] | None = None
+        self._known_events = 0
         self._next_poll_s = 0.0
         folder = job.config.checkpoint.folder
         self._checkpoints = folder
@@ -75,6 +75,10 @@ class RunWatch:
             text = f"{step.resharded} experts changed their workers"
             self._happened(step.step, "re-sharded", text, {"experts": step.resharded}, f"re-sharding {text}")
         self._count_copies(step)
+        for event in self._group.events[self._known_events :]:
+            self._known_events += 1
+            fields = {"at_s": event.time_s, **event.values}
+            self._happened(event.step, event.kind, event.text, fields, f"{event.kind:<11} {event.text}")
         if time.monotonic() >= self._next_poll_s:
             self._next_poll_s = time.monotonic() + _POLL_S
             self._look(step.step)
@@ -85,9 +89,8 @@ class RunWatch:
 
     def _look(self, step: int) -> None:
         if self._asks_for_costs:
-            state: dict[str, Any] = ray.get(self._group.controller.state.remote())
-            published = state["publication"]
-            if published is not None and published.version > 0:
+            published = self._group.publication()
+            if published is not None and published.is_measured:
                 self._asks_for_costs, self._copies = False, []
                 self._measured(step, published)
         if self._checkpoints is not None:
@@ -122,7 +125,7 @@ class RunWatch:
             return
         self._copies.append(step.copies)
         if len(self._copies) == _SETTLED_STEPS or step.step == self._job.config.steps - 1:
-            others = self._job.config.workers - 1
+            others = len(self._group.facts) - 1
             a_layer = float(np.mean(self._copies)) / self._job.num_layers
             text = (
                 f"t = {a_layer / others:.1f} of {self._job.num_experts} experts a layer on all workers "

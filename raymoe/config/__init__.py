@@ -12,6 +12,7 @@ from raymoe.config.lora import LoraConfig
 from raymoe.config.memory import parse_memory
 from raymoe.config.serve import ServeConfig
 from raymoe.config.train import ExpertsConfig, ModelConfig, OptimizerConfig, TrainConfig
+from raymoe.config.workers import SnapshotConfig, WorkersConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -22,9 +23,11 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ServeConfig",
+    "SnapshotConfig",
     "Strict",
     "TokenizerConfig",
     "TrainConfig",
+    "WorkersConfig",
     "load_config",
     "parse_config",
     "parse_memory",

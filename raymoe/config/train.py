@@ -10,6 +10,7 @@ from raymoe.config.checkpoint import CheckpointConfig
 from raymoe.config.data import DataConfig, TokenizerConfig
 from raymoe.config.logs import LogConfig
 from raymoe.config.lora import LoraConfig
+from raymoe.config.workers import SnapshotConfig, WorkersConfig
 from raymoe.placement import trainable_names
 
 
@@ -99,8 +100,8 @@ class TrainConfig(Strict):
     tokenizer: TokenizerConfig = TokenizerConfig()
     experts: ExpertsConfig = ExpertsConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    workers: int = Field(default=2, ge=1)
-    """`ExpertWorker` actors, one a device."""
+    workers: WorkersConfig = WorkersConfig(min=2, max=2)
+    """`ExpertWorker` actors, one a device: a number, or `{min: 1, max: 8}` to train on whatever there is."""
     worker_cpus: float = Field(default=1, gt=0)
     """CPUs a worker reserves; it computes with as many threads."""
     worker_gpus: float = Field(default=0, ge=0)
@@ -116,7 +117,8 @@ class TrainConfig(Strict):
     recompute: bool = False
     """Activation checkpointing: only what enters a block is kept, and the block's forward runs again in backward."""
     dense: Literal["replicated", "sharded"] = "replicated"
-    """Parameters that are not experts: all of them on every worker, or sharded by FSDP2."""
+    """Parameters that are not experts: all of them on every worker, or sharded by FSDP2. Sharded ones are in no snapshot: when
+    a worker dies the run goes back to its last checkpoint, with as many workers as before."""
     balance_loss: float | None = Field(default=None, ge=0)
     """Weight of the load-balance loss; default: the model configuration's `router_aux_loss_coef`."""
     z_loss: float | None = Field(default=None, ge=0)
@@ -134,12 +136,25 @@ class TrainConfig(Strict):
     output: Path = Path("runs/train")
     """Where the checkpoint, the routing trace and the report go."""
     worker_timeout_s: float = Field(default=120, gt=0)
-    """How long a collective or the placement of the workers may take before the run fails."""
+    """How long a collective may take before it counts as broken, and the first placement of the workers before the run fails."""
+    heartbeat_s: float = Field(default=10, gt=0)
+    """A worker that has not answered for so long counts as dead."""
+    snapshots: SnapshotConfig = SnapshotConfig()
+    """Snapshots in memory, from which training goes on when a worker is lost."""
+    detached: bool = False
+    """Whether the run goes on when the process that started it is gone; `raymoe status` finds it."""
+
+    @model_validator(mode="after")
+    def _sharded_stays(self) -> "TrainConfig":
+        if self.dense == "sharded" and self.workers.min != self.workers.max:
+            raise ValueError(
+                "dense: sharded parameters cannot follow a changing number of workers; give 'workers' a number"
+            )
+        return self
 
     @model_validator(mode="after")
     def _enough_sequences(self) -> "TrainConfig":
-        if self.batch < self.workers:
-            raise ValueError(
-                f"batch: {self.batch} sequences do not reach {self.workers} workers; need at least {self.workers}"
-            )
+        most = self.workers.max
+        if self.batch < most:
+            raise ValueError(f"batch: {self.batch} sequences do not reach {most} workers; need at least {most}")
         return self

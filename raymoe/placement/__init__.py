@@ -12,6 +12,7 @@ from raymoe.placement.memory import expert_memory
 from raymoe.placement.plan import Base, Dispatch, LayerPlan, Plan, owned
 from raymoe.placement.policies import policy, policy_names, trainable_names
 from raymoe.placement.policy import Policy
+from raymoe.placement.regroup import buddies, owners_after
 from raymoe.placement.sharding import check_owners, even_owners, heterogeneous_owners
 from raymoe.placement.simulate import Simulation, simulate
 from raymoe.placement.state import PlacementState
@@ -34,6 +35,7 @@ __all__ = [
     "Simulation",
     "Workload",
     "assign",
+    "buddies",
     "check_owners",
     "dispatch_counts",
     "even_owners",
@@ -44,6 +46,7 @@ __all__ = [
     "materialise",
     "overlap_degree",
     "owned",
+    "owners_after",
     "policy",
     "policy_names",
     "predict",

@@ -161,6 +161,13 @@ TRAIN_MATERIALISED_BYTES_TOTAL = Metric(
 TRAIN_ALLTOALL_BYTES_TOTAL = Metric(
     "raymoe_train_alltoall_bytes_total", kind="counter", help="Bytes of token rows sent to other workers and back."
 )
+TRAIN_EVENTS_TOTAL = Metric(
+    "raymoe_train_events_total",
+    kind="counter",
+    help="What happened to the run besides steps: death, rollback, join, leave, waiting, fallback, controller.",
+    tags=("kind",),
+)
+TRAIN_WORKERS = Metric("raymoe_train_workers", kind="gauge", help="Workers of the epoch in force.")
 SERVE_REQUESTS_TOTAL = Metric(
     "raymoe_serve_requests_total", kind="counter", help="Requests answered, by how they ended.", tags=("status",)
 )

@@ -24,6 +24,10 @@ class ReplicatedDense:
             _Flat({name: p for name, p in named.items() if p.dtype == dtype}, config, world.device) for dtype in dtypes
         ]
 
+    def bind(self, world: World) -> None:
+        """Goes on among other ranks."""
+        self._world = world
+
     def zero_gradients(self) -> None:
         for part in self._parts:
             part.gradients.zero_()

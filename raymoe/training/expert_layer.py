@@ -4,6 +4,7 @@ T tokens here, N (token, rank) pairs sent, M received, K choices per token, E ex
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +81,15 @@ class ExpertLayer:
         self._gathering: Pending | None = None
         self._reducing: Pending | None = None
         self._routes: Routes | None = None
+
+    def bind(self, world: World) -> None:
+        """Goes on among other ranks; what was under way among those before has ended, well or not."""
+        for pending in (self._gathering, self._reducing):
+            if pending is not None:
+                with suppress(RuntimeError):
+                    pending.wait()
+        self._world = world
+        self._gathering = self._reducing = self._routes = None
 
     def begin_step(self, step: StepPlan) -> None:
         """Takes the step's plan; nothing is sent yet."""

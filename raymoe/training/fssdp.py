@@ -48,6 +48,12 @@ class SparseExperts:
         self._set_holders: list[ExpertLayer | None] = []
         self._is_backward = False
 
+    def bind(self, world: World) -> None:
+        """Goes on among other ranks; `rehome` then says which experts live here."""
+        self.world = world
+        for layer in self.layers:
+            layer.bind(world)
+
     def load_optimizer(self) -> None:
         """Makes the optimizer's state for the experts that the pool holds, once they have been read."""
         self.optimizer = AdamWRows(self.pool.kept, self._config)

@@ -19,7 +19,7 @@ from transformers import (
 from raymoe.cluster_file import ClusterConfig
 from raymoe.config import ConfigError, TrainConfig, load_config
 from raymoe.models import CheckpointWriter, MoELayer, load_without_experts, moe_layers, router_losses
-from raymoe.placement import ClusterSpec, Workload, check_owners, even_owners, policy
+from raymoe.placement import Base, ClusterSpec, Workload, check_owners, even_owners, policy
 from raymoe.training.batches import Batch, open_batches
 from raymoe.training.checkpoint import resume_path
 from raymoe.training.data.prepare import PreparedData, prepare_data
@@ -32,6 +32,9 @@ from raymoe.training.state import restore, saved_placement
 from raymoe.training.trainer import Trainer, TrainerConfig
 from raymoe.training.world import World
 
+_FIRST_SNAPSHOTS = 4
+"""Steps between two snapshots, until it is known what one costs."""
+
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -43,8 +46,8 @@ class TrainJob:
     folder: Path
     model_path: Path
     """The checkpoint that training starts from."""
-    owners: np.ndarray
-    """int64 [L, E]."""
+    owners: np.ndarray | None
+    """int64 [L, E], for the largest number of workers, if the configuration says so."""
     balance_weight: float
     z_weight: float
     num_experts: int
@@ -63,11 +66,16 @@ class TrainJob:
         degree = self.config.experts.overlap_degree
         return None if degree == "auto" else degree
 
-    @property
-    def extra_slots(self) -> int:
-        """Copies a layer that a worker may hold: by default as many as it owns."""
+    def extra_slots(self, size: int) -> int:
+        """Copies a layer that one of `size` workers may hold: by default as many as it owns."""
         slots = self.config.experts.extra_slots
-        return -(-self.num_experts // self.config.workers) if slots is None else min(slots, self.num_experts)
+        return -(-self.num_experts // size) if slots is None else min(slots, self.num_experts)
+
+    def owners_among(self, size: int) -> np.ndarray:
+        """int64 [L, E]: owners at the start of a run of `size` workers."""
+        if self.owners is not None and size == self.config.workers.max:
+            return self.owners
+        return even_owners(self.num_layers, self.num_experts, size)
 
     def first_publication(self, nodes: tuple[int, ...]) -> Publication:
         """What holds until times and links are measured: no copies, unless their number does not depend on them.
@@ -83,17 +91,41 @@ class TrainJob:
         transport = experts.transport
         if transport == "auto":
             transport = "hierarchical" if len(set(nodes)) > 1 else "p2p"
-        waits = experts.cluster is None and policy(experts.policy).needs_costs(self.overlap_degree)
+        every = self.config.snapshots.every
+        if self.config.dense == "sharded":
+            every = 0
         return Publication(
             version=0,
             policy=experts.policy,
             cluster=cluster,
             workload=replace(self.workload, fan_out="hierarchical" if transport == "hierarchical" else "p2p"),
-            extra_slots=0 if waits else self.extra_slots,
+            extra_slots=0 if self.waits_for_costs else self.extra_slots(len(nodes)),
             overlap_degree=self.overlap_degree,
             window=experts.window,
             dispatch=None if experts.dispatch == "auto" else experts.dispatch,
             transport=transport,
+            is_measured=experts.cluster is not None,
+            snapshot_every=_FIRST_SNAPSHOTS if every == "auto" else every,
+        )
+
+    @property
+    def waits_for_costs(self) -> bool:
+        """Whether nothing is copied until costs are measured."""
+        experts = self.config.experts
+        return experts.cluster is None and policy(experts.policy).needs_costs(self.overlap_degree)
+
+    def next_publication(self, last: Publication, nodes: tuple[int, ...]) -> Publication:
+        """What the ranks of another epoch plan from: what was measured still holds."""
+        first = self.first_publication(nodes) if self.config.experts.cluster is None else last
+        slots = 0 if self.waits_for_costs and not last.is_measured else self.extra_slots(len(nodes))
+        return replace(
+            last,
+            version=last.version + 1,
+            cluster=replace(last.cluster, node_of=nodes),
+            workload=replace(last.workload, fan_out=first.workload.fan_out),
+            transport=first.transport,
+            extra_slots=slots,
+            is_stop=False,
         )
 
     def trainer_config(self, publication: Publication) -> TrainerConfig:
@@ -126,21 +158,38 @@ class TrainJob:
             self.folder, sequence_length=config.data.sequence_length, global_batch=config.batch, seed=config.seed
         ).batch
 
-    def build_trainer(self, world: World) -> Trainer:
-        """One rank's trainer, from the job's files; it goes on where the checkpoint to resume from ends."""
-        saved = saved_placement(self.resumes, world.size) if self.resumes else None
+    def start_trainer(self, world: World, publication: Publication, resumes: Path | None) -> Trainer:
+        """One rank's trainer, from files; it goes on where the checkpoint `resumes` ends, if that is given."""
+        saved = saved_placement(resumes, world.size) if resumes else None
+        base = None
         if saved is not None:
             publication, base = saved
-        else:
-            publication = self.first_publication(world.nodes)
-            base = first_base(publication, self.owners, world)
+        trainer = self._trainer(
+            world, publication, base or first_base(publication, self.owners_among(world.size), world)
+        )
+        if resumes is not None:
+            restore(trainer, resumes)
+        return trainer
+
+    def rehearsing_trainer(self, world: World, share: int) -> Trainer:
+        """A trainer in a world of its own whose step takes memory and time like that of one of `share` ranks; what it learns
+        is worth nothing."""
+        owners = even_owners(self.num_layers, self.num_experts, share)
+        # the others' belong to a rank that is not there: their rows are nobody's
+        base = Base.of_owners(np.minimum(owners, 1), 2)
+        batches, rows = self.batches(), -(-self.config.batch // share)
+        alone = replace(self.first_publication((0, 0)), policy="ep")
+        world = replace(world, nodes=(0, 0))
+        return self._trainer(world, alone, base, lambda step: batches(step).rows(0, rows))
+
+    def _trainer(
+        self, world: World, publication: Publication, base: Base, batches: Callable[[int], Batch] | None = None
+    ) -> Trainer:
         model, files = load_without_experts(self.model_path, DTYPES[self.config.model.dtype], world.device)
         lora = self.config.lora
         experts = start_lora(model, lora, self.config.seed) if lora else SparseExperts
-        trainer = Trainer(model, files, world, self.trainer_config(publication), self.batches(), base, experts)
-        if self.resumes is not None:
-            restore(trainer, self.resumes)
-        return trainer
+        config = self.trainer_config(publication)
+        return Trainer(model, files, world, config, batches or self.batches(), base, experts)
 
 
 def prepare_text(config: TrainConfig, folder: Path) -> PreparedData:
@@ -166,10 +215,11 @@ def job_fields(config: TrainConfig, folder: Path, model_path: Path) -> dict[str,
     """The fields of a `TrainJob` that starts from a Hugging Face directory. Raises: as `prepare_job`."""
     model_config = AutoConfig.from_pretrained(model_path, local_files_only=True)
     layers, total_parameters = _shape_of(model_config)
-    try:
-        num_micros(config.batch, config.workers, config.micro_batch)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    for size in range(config.workers.min, config.workers.max + 1):
+        try:
+            num_micros(config.batch, size, config.micro_batch)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     losses = router_losses(model_config)
     checkpoint = config.checkpoint
     return {
@@ -190,16 +240,16 @@ def job_fields(config: TrainConfig, folder: Path, model_path: Path) -> dict[str,
     }
 
 
-def _owners(config: TrainConfig, num_layers: int, num_experts: int) -> np.ndarray:
+def _owners(config: TrainConfig, num_layers: int, num_experts: int) -> np.ndarray | None:
     if config.experts.owners is None:
-        return even_owners(num_layers, num_experts, config.workers)
+        return None
     owners = np.array(config.experts.owners, dtype=np.int64)
     try:
         if owners.shape != (num_layers, num_experts):
             raise ValueError(
                 f"got {list(owners.shape)}, the model has {num_layers} MoE layers of {num_experts} experts"
             )
-        return check_owners(owners, config.workers)
+        return check_owners(owners, config.workers.max)
     except ValueError as error:
         raise ConfigError(f"experts.owners: {error}") from None
 
@@ -251,6 +301,9 @@ def _write_initial(config: TrainConfig, path: Path, tokenizer: PreTrainedTokeniz
         )
         set_seed(config.seed)
         model = AutoModelForCausalLM.from_config(model_config, dtype=DTYPES[config.model.dtype])
+        if model.dtype == torch.float64:
+            # grouped_mm, the default, knows no float64
+            model.set_experts_implementation("eager")
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
     except Exception as error:

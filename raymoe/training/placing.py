@@ -4,7 +4,7 @@ L = MoE layers, E = experts a layer.
 """
 
 from collections import deque
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,14 @@ class PlanMismatch(RuntimeError):
     """Ranks planned differently: the epoch must end before they wait for each other's messages."""
 
 
+@dataclass
+class Commits:
+    """Steps done at the newest snapshot that is complete here, and everywhere; -1: there is none in this epoch."""
+
+    committed: int = -1
+    agreed: int = -1
+
+
 def first_base(first: Publication, owners: np.ndarray, world: World) -> Base:
     """Where experts live at the beginning of a run: what the policy makes of owners int64 [L, E]."""
     placing = Placing(first, Base.of_owners(owners, world.size), world, None)
@@ -40,11 +48,17 @@ class Placing:
 
     def __init__(self, first: Publication, base: Base, world: World, reshard_every: int | None):
         self.publications = PublicationBox(first)
+        self.commits = Commits()
         self.history: deque[np.ndarray] = deque(maxlen=_KEPT_HISTORY)
         self.base = base
         self.steps_since_reshard = 0
         self._world, self._reshard_every = world, reshard_every
         self._agreed = first.version
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the epoch ends here, at the same step on all ranks."""
+        return self.publications.held(self._agreed).is_stop
 
     def begin_step(self) -> None:
         """Applies the publication that all ranks hold."""
@@ -88,9 +102,11 @@ class Placing:
 
     def _check_equal(self, digest: int) -> int:
         """Returns the newest publication that all ranks hold."""
-        words = torch.tensor([self.publications.newest, digest, -digest], device=self._world.device)
+        words = torch.tensor(
+            [self.publications.newest, self.commits.committed, digest, -digest], device=self._world.device
+        )
         dist.all_reduce(words, op=dist.ReduceOp.MIN, group=self._world.dense)
-        newest, lowest, highest = words.tolist()
+        newest, self.commits.agreed, lowest, highest = words.tolist()
         if lowest != -highest:
             raise PlanMismatch(
                 f"rank {self._world.rank} planned {digest:x}, other ranks between {lowest:x} and {-highest:x}; "

@@ -26,6 +26,12 @@ class Publication:
     """How rows find a copy; None: as the policy says."""
     transport: str = "p2p"
     """How copies travel; see `raymoe.training.sparse`."""
+    is_measured: bool = False
+    """Whether cluster and workload hold what was measured; until then steps are timed for it."""
+    snapshot_every: int = 0
+    """Steps between two snapshots in memory; 0: none."""
+    is_stop: bool = False
+    """The epoch ends before the step at which all ranks hold this."""
 
 
 class PublicationBox:
@@ -45,6 +51,10 @@ class PublicationBox:
 
     def put(self, publication: Publication) -> None:
         self._held = {**self._held, publication.version: publication}
+
+    def held(self, version: int) -> Publication:
+        """The publication of a version that all ranks hold."""
+        return self._held[version]
 
     def agree(self, version: int) -> None:
         """Applies the publication that all ranks hold."""

@@ -41,3 +41,7 @@ class StepReport:
     """Forward computation of `computed_rows` in all layers. On CUDA it says something only in steps that were timed."""
     experts_backward_ns: int
     """The same of the backward pass, recomputation apart."""
+    snapshot_s: float = 0.0
+    """How long this rank stood still for a snapshot after the step; 0 if none was taken."""
+    snapshot_sent_bytes: int = 0
+    """Of the snapshot before, to the buddy."""

@@ -73,7 +73,8 @@ class Trainer:
         experts: Callable[..., SparseExperts] = SparseExperts,
     ):
         self.model, self.world, self.config = model.train(), world, config
-        self._batch = batch
+        self.batch = batch
+        """Gives the global batch of a step."""
         self.dtype = model.dtype
         """Of parameters and computation."""
         self.expert_bytes = files.expert_bytes
@@ -113,14 +114,14 @@ class Trainer:
         base = placing.reshard()
         resharded = 0 if base is None else move_experts(experts, base)
 
-        batch = self._batch(number)
+        batch = self.batch(number)
         num_sequences, length = batch.counts.shape
         micros = num_micros(num_sequences, self.world.size, self.config.micro_batch)
         planning_ns = time.perf_counter_ns()
         plan = placing.plan(micros)
         planning_ns = time.perf_counter_ns() - planning_ns
         # until the controller has heard enough and published what it makes of it
-        is_timed = placing.publications.applied.version == 0
+        is_timed = not placing.publications.applied.is_measured
         experts.begin_step(plan, is_timed)
         self.dense.zero_gradients()
 
@@ -176,6 +177,8 @@ class Trainer:
         """One micro-batch; adds all ranks' rows to `loads` and returns this rank's part of the losses, float64 [3]."""
         config, experts = self.config, self.experts
         rows_before = experts.rows()
+        # a pass that broke off leaves some
+        self._router_logits.take()
         self._router_logits.is_keeping = True
         prediction = predict(self.model, micro.batch)
         self._router_logits.is_keeping = False

@@ -1,12 +1,19 @@
 """The ranks of one epoch and their process groups."""
 
+import os
 import socket
+import threading
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+_leaving = threading.Lock()
+_connections: dict[int, str] = {}
+"""Descriptors and inodes of what connects this rank with the others."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,10 @@ class World:
     experts: dist.ProcessGroup
     tokens: dist.ProcessGroup
     dense: dist.ProcessGroup
+    snapshots: dist.ProcessGroup
+    """On the CPU whatever the device, and used behind the training's back."""
+    members: tuple[int, ...]
+    """Who the ranks are: numbers that they keep from epoch to epoch."""
     moved_bytes: Counter[str] = field(default_factory=Counter)
     """Bytes this rank has sent to others, by kind of collective; only ever grows."""
     link_bytes: Counter[str] = field(default_factory=Counter)
@@ -48,6 +59,7 @@ def join_world(
     timeout_s: float,
     device: torch.device | None = None,
     node: str | None = None,
+    member: int | None = None,
 ) -> World:
     """Forms the process groups of an epoch; returns when all ranks have come.
 
@@ -56,6 +68,7 @@ def join_world(
         timeout_s: how long to wait for the others, now and in any later collective.
         device: where this rank computes; default: the CPU.
         node: name of the machine this rank is on; default: its host name.
+        member: the number that this process has in every epoch; default: its rank.
 
     Raises:
         torch.distributed.DistError: not all ranks came in time.
@@ -63,21 +76,58 @@ def join_world(
     device = device or torch.device("cpu")
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
+    global _connections
+    others = _tcp_connections()
     dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size, timeout=timeout)
-    names: list[str] = [""] * size
-    dist.all_gather_object(names, node or socket.gethostname())
-    places = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    told: list[tuple[str, int]] = [("", 0)] * size
+    dist.all_gather_object(told, (node or socket.gethostname(), rank if member is None else member))
+    places = {name: number for number, name in enumerate(dict.fromkeys(name for name, _ in told))}
     experts, tokens, dense = (_new_group(timeout) for _ in range(3))
-    return World(rank, size, device, tuple(places[name] for name in names), experts, tokens, dense)
+    snapshots = _new_group(timeout, "gloo")
+    _connections = {fd: inode for fd, inode in _tcp_connections().items() if others.get(fd) != inode}
+    return World(
+        rank, size, device, tuple(places[name] for name, _ in told), experts, tokens, dense, snapshots,
+        tuple(number for _, number in told),
+    )  # fmt: skip
 
 
-def _new_group(timeout: timedelta) -> dist.ProcessGroup:
-    group = dist.new_group(timeout=timeout)
+def _new_group(timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup:
+    group = dist.new_group(timeout=timeout, backend=backend)
     assert isinstance(group, dist.ProcessGroup), "every rank is in every group"
     return group
 
 
 def leave_world() -> None:
-    """Destroys this rank's process groups. On an error call it at once: the closing sockets free all the other ranks."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Destroys this rank's process groups. On an error call it at once: it frees all the other ranks.
+
+    From another thread it frees one that waits in a collective here.
+    """
+    global _connections
+    with _leaving:
+        # torch closes connections when nobody refers to a group any more, and a waiting thread does
+        for fd, inode in _connections.items():
+            _shut_down(fd, inode)
+        _connections = {}
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _tcp_connections() -> dict[int, str]:
+    """Descriptor and inode of this process' connections."""
+    found = {}
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:
+        with suppress(OSError):  # one that has been closed meanwhile, or is connected to nothing
+            inode = os.readlink(f"/proc/self/fd/{name}")
+            if inode.startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(name))) as connection:
+                    if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
+                        connection.getpeername()
+                        found[int(name)] = inode
+    return found
+
+
+def _shut_down(fd: int, inode: str) -> None:
+    with suppress(OSError):
+        if os.readlink(f"/proc/self/fd/{fd}") == inode:
+            with socket.socket(fileno=os.dup(fd)) as connection:
+                connection.shutdown(socket.SHUT_RDWR)
