@@ -156,11 +156,11 @@ class EpochKeeper:
         """Whether somebody is to come or to leave, and training can go on then."""
         if self._job.config.dense == "sharded":
             return False
-        leaving = self._watching.leaving(order)
+        leaving, avoid = self._watching.leaving(order), self.wishes.leaving_nodes
         staying = len(order.members) - len(leaving)
         wanted = max(0, self.wishes.most - staying)
         self._recruiting.ask_for_capacity(self.wishes.most)
-        self._recruiting.look(wanted, max(self.wishes.most, len(order.members)), self._book.next_step)
+        self._recruiting.look(wanted, max(self.wishes.most, len(order.members)), self._book.next_step, avoid)
         joining = min(len(self._recruiting.ready), wanted)
         comes = joining > 0 and self._recruiting.is_settled
         return comes or (bool(leaving) and staying + joining > 0)
@@ -236,7 +236,7 @@ class EpochKeeper:
                 raise RunFailed("the run was stopped while it waited for workers")
             wanted = self.wishes.most - len(living)
             self._recruiting.ask_for_capacity(self.wishes.most)
-            self._recruiting.look(wanted, self.wishes.most, self._book.next_step)
+            self._recruiting.look(wanted, self.wishes.most, self._book.next_step, self.wishes.leaving_nodes)
             waited_s = time.monotonic() - since
             missing = self.wishes.least - len(living) - len(self._recruiting.ready)
             self.waits_for = (

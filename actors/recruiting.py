@@ -45,13 +45,14 @@ class Recruiting:
             )
             request_resources(bundles=[bundle] * num_workers)
 
-    def look(self, wanted: int, share: int, step: int) -> None:
+    def look(self, wanted: int, share: int, step: int, avoid: set[str]) -> None:
         """Sees who is ready, and makes more if there is room.
 
         Args:
             wanted: workers that should be ready or on their way.
             share: workers that a batch will be split over.
             step: the next one to do, for the log.
+            avoid: ids of nodes where no worker is to be.
 
         Raises:
             RunFailed: none that is made becomes ready.
@@ -74,21 +75,17 @@ class Recruiting:
             if not self.ready:
                 self._ready_since = time.monotonic()
             self.ready.append(member)
+        while len(self.ready) > wanted:
+            self._roster.dismiss(self.ready.pop())
         # one at a time: what the cluster calls available is not at once what has been promised
         if len(self.ready) + len(self._preparing) < wanted and room(self._config) > 0:
-            member = self._roster.hire()
+            member = self._roster.hire(avoid)
             self._preparing |= self._roster.call([member], "prepare", share)
 
     def take(self, most: int) -> list[int]:
         """Those that join now."""
         taken, self.ready = self.ready[:most], self.ready[most:]
         return taken
-
-    def stop(self) -> None:
-        """Sends those away that are on their way."""
-        for member in [*self._preparing.values(), *self.ready]:
-            self._roster.dismiss(member)
-        self._preparing, self.ready = {}, []
 
 
 def room(config: TrainConfig) -> int:

@@ -37,9 +37,14 @@ class Roster:
     def __contains__(self, member: int) -> bool:
         return member in self._handles
 
-    def hire(self) -> int:
-        """Makes a worker; Ray places it when there is room. Returns its number."""
+    def hire(self, avoid: set[str] | None = None) -> int:
+        """Makes a worker; Ray places it when there is room. Returns its number.
+
+        Args:
+            avoid: ids of nodes where it is not to be.
+        """
         member, config = self._next, self._job.config
+        where = {"label_selector": {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"}} if avoid else {}
         self._next += 1
         self._handles[member] = ExpertWorker.options(
             name=f"{self._prefix}{member}",
@@ -49,6 +54,7 @@ class Roster:
             num_cpus=config.worker_cpus,
             num_gpus=config.worker_gpus,
             runtime_env={"env_vars": worker_env(config)},
+            **where,
         ).remote(member, self._job)
         return member
 
@@ -65,10 +71,6 @@ class Roster:
         """Calls a method of those workers that there are; returns whose each answer will be."""
         there = [member for member in members if member in self._handles]
         return {getattr(self._handles[member], method).remote(*args): member for member in there}
-
-    def states(self, members: Iterable[int], timeout_s: float) -> dict[int, WorkerState]:
-        """The states of those who answer in time."""
-        return answers(self.call(members, "state"), timeout_s)[0]
 
     def dismiss(self, member: int, state: WorkerState | None = None) -> None:
         """Ends a worker.

@@ -227,6 +227,24 @@ def test_a_node_that_drains_is_left_and_one_that_is_lost_is_survived(cluster, jo
 
 
 @pytest.mark.slow
+def test_nobody_comes_back_to_a_node_that_was_drained_by_command(cluster, job):
+    with WorkerGroup(job(**ELASTIC)) as group:
+        group.start()
+        run = Run(group)
+        run.read(8)
+        node = group.states()[1].node
+        assert "workers leave node" in raymoe(cluster, "drain", node)
+        run.until("leave", 0)
+        run.with_workers(2)
+        end = time.monotonic() + 25
+        while time.monotonic() < end:
+            run.read(1)
+        assert {event.kind for event in group.events} == {"leave", "resumed"}
+        assert node not in {state.node for state in group.states()}
+    assert living_actors() == 0
+
+
+@pytest.mark.slow
 def test_an_owner_and_its_buddy_are_lost(cluster, job, tmp_path):
     # with no checkpoint
     with WorkerGroup(job(**ELASTIC)) as group:
