@@ -10,6 +10,7 @@ from raymoe.actors.orders import EpochOrder, WorkerFacts, WorkerState
 from raymoe.actors.roster import Roster, answers, explain, is_death, reason
 from raymoe.actors.step_book import StepBook
 from raymoe.errors import RunFailed
+from raymoe.telemetry import metrics
 from raymoe.training.checkpoint import latest
 from raymoe.training.job import TrainJob
 from raymoe.training.publication import Publication
@@ -170,6 +171,7 @@ class Forming:
 
     def _begin(self, order: EpochOrder, facts: list[WorkerFacts], *, is_under_way: bool = False) -> None:
         self.facts, self.began_at = facts, facts[0].next_step
+        metrics.TRAIN_WORKERS.set(len(facts))
         self._book.begin_epoch(order.number, facts, is_under_way=is_under_way)
 
     def _all(self, members: list[int], calls: dict[ray.ObjectRef, int]) -> dict:

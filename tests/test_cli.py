@@ -44,7 +44,7 @@ def test_help_names_the_commands(tmp_path):
     ("overrides", "message"),
     [
         (["experts.polcy=ep"], "experts.polcy: unknown key; did you mean 'policy'?"),
-        (["workers=0"], "workers: Input should be greater than or equal to 1 (got 0)"),
+        (["workers=0"], "workers: give a number of workers from 1 on, or bounds: {min: 1, max: 8} (got 0)"),
         (["model.config.num_attention_heads=7"], "model.config: transformers cannot run it"),
         (["experts.owners=[[0, 1]]"], "experts.owners: got [1, 2], the model has 2 MoE layers of 24 experts"),
     ],

@@ -50,8 +50,9 @@ def memory_bound(draw):
 def test_shares_follow_the_loads(case):
     extra = run(case).sum(axis=1, dtype=np.int64) - 1
     top = np.argsort(-case.loads_E, kind="stable")[: case.t]
-    # hotter experts never have fewer copies, but for the one that a change at the owner may move
-    assert (np.diff(extra[top]) <= 1).all()
+    # shares fall with the loads; but an expert that was dealt its own owner lacks a copy where no change was found, and that slot
+    # goes to a colder one
+    assert (np.diff(extra[top]) <= 2).all()
 
 
 @given(memory_bound())

@@ -5,7 +5,7 @@ import pytest
 
 from raymoe.telemetry import METRICS, Metric, metrics, set_exporter, snapshot
 
-UNITS = ("_s", "_ms", "_bytes", "_total", "_ratio", "_per_s", "_loss", "_experts")
+UNITS = ("_s", "_ms", "_bytes", "_total", "_ratio", "_per_s", "_loss", "_experts", "_workers")
 
 
 @pytest.fixture(autouse=True)
