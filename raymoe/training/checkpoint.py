@@ -37,6 +37,7 @@ from raymoe.training.checkpoint_state import (
     signature,
 )
 from raymoe.training.checkpoint_storage import FileRecord, StagedPlanner, TensorWriter, write_synced
+from raymoe.training.world import new_group
 
 __all__ = [
     "CheckpointError",
@@ -108,7 +109,7 @@ class Checkpointer:
         if keep < 1:
             raise ValueError(f"keep: at least 1 checkpoint must stay, got {keep}")
         self._folder, self._rank, self._size, self._keep = folder, rank, size, keep
-        self._own_group = _new_group() if group is None and size > 1 else None
+        self._own_group = new_group(backend="gloo") if group is None and size > 1 else None
         self._group = group or self._own_group
         self._stage = HostStage()
         self._lock: WriteLock | None = None
@@ -225,12 +226,6 @@ class Checkpointer:
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
-
-
-def _new_group() -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo")
-    assert isinstance(group, dist.ProcessGroup), "every rank is in the group"
-    return group
 
 
 def _signatures(tensors: dict[str, Tensor]) -> dict[str, Signature]:

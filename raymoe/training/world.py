@@ -4,7 +4,8 @@ import os
 import socket
 import threading
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -76,23 +77,23 @@ def join_world(
     device = device or torch.device("cpu")
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    global _connections
-    others = _tcp_connections()
-    dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size, timeout=timeout)
+    with _noting_connections():
+        dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size, timeout=timeout)
     told: list[tuple[str, int]] = [("", 0)] * size
     dist.all_gather_object(told, (node or socket.gethostname(), rank if member is None else member))
     places = {name: number for number, name in enumerate(dict.fromkeys(name for name, _ in told))}
-    experts, tokens, dense = (_new_group(timeout) for _ in range(3))
-    snapshots = _new_group(timeout, "gloo")
-    _connections = {fd: inode for fd, inode in _tcp_connections().items() if others.get(fd) != inode}
+    experts, tokens, dense = (new_group(timeout) for _ in range(3))
+    snapshots = new_group(timeout, "gloo")
     return World(
         rank, size, device, tuple(places[name] for name, _ in told), experts, tokens, dense, snapshots,
         tuple(number for _, number in told),
     )  # fmt: skip
 
 
-def _new_group(timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup:
-    group = dist.new_group(timeout=timeout, backend=backend)
+def new_group(timeout: timedelta | None = None, backend: str | None = None) -> dist.ProcessGroup:
+    """One more group of all the ranks, for every rank to ask for; `leave_world` frees those that wait in it, too."""
+    with _noting_connections():
+        group = dist.new_group(timeout=timeout, backend=backend)
     assert isinstance(group, dist.ProcessGroup), "every rank is in every group"
     return group
 
@@ -102,14 +103,21 @@ def leave_world() -> None:
 
     From another thread it frees one that waits in a collective here.
     """
-    global _connections
     with _leaving:
         # torch closes connections when nobody refers to a group any more, and a waiting thread does
         for fd, inode in _connections.items():
             _shut_down(fd, inode)
-        _connections = {}
+        _connections.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def _noting_connections() -> Iterator[None]:
+    before = _tcp_connections()
+    yield
+    with _leaving:
+        _connections.update({fd: inode for fd, inode in _tcp_connections().items() if before.get(fd) != inode})
 
 
 def _tcp_connections() -> dict[int, str]:
