@@ -3,7 +3,7 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -163,13 +163,16 @@ def bench_elastic(
     workers: Annotated[int, typer.Option(min=2)] = 3,
     kills: Annotated[int, typer.Option(min=1, help="Workers killed at random, one after another.")] = 20,
     snapshots: Annotated[str, typer.Option(help="Steps between two snapshots in memory, or auto.")] = "auto",
+    dtype: Annotated[
+        Literal["float32", "float64"], typer.Option(help="float64 compares all losses of a long run.")
+    ] = "float32",
     seed: int = 0,
     json: Json = None,
 ) -> None:
     """Kill, add and remove workers of a training run, and time how it goes on."""
     from raymoe.commands.bench import bench_elastic as run
 
-    run(workers, kills, snapshots, seed, shown_console(), shown_command(), json)
+    run(workers, kills, snapshots, dtype, seed, shown_console(), shown_command(), json)
 
 
 def main() -> None:
