@@ -90,9 +90,8 @@ def run(
 
         def job(name: str, **changes: object) -> TrainJob:
             asked = {"workers": {"min": 1, "max": workers}, "snapshots": {"every": snapshots}, "worker_cpus": 0.5}
-            tree = (
-                config.model_dump(mode="json") | asked | changes | {"output": str(Path(folder) / "run"), "dtype": dtype}
-            )
+            tree = config.model_dump(mode="json") | asked | changes | {"output": str(Path(folder) / "run")}
+            tree["model"]["dtype"] = dtype
             return prepare_job(parse_config(TrainConfig, tree), Path(folder) / "run", text)
 
         with ray_session(workers + 1, own=True, dashboard=False):
