@@ -3,6 +3,7 @@
 from raymoe.lazy import lazy_exports
 
 _HOMES = {
+    "CHECKPOINT_FOLDER": "placement_controller",
     "ExpertWorker": "expert_worker",
     "PlacementController": "placement_controller",
     "RunEvent": "elastic_log",

@@ -21,7 +21,8 @@ class RunEvent:
     time_s: float
     """Since 1970."""
     kind: str
-    """`epoch`, `death`, `hang`, `rollback`, `restore`, `join`, `leave`, `waiting`, `re-shard`, `fallback`, `controller`."""
+    """`epoch`, `death`, `hang`, `rollback`, `restore`, `join`, `leave`, `waiting`, `re-shard`, `fallback`, `controller`,
+    `saved`, `failed`."""
     step: int
     """The next step to do when it happened."""
     text: str

@@ -7,6 +7,7 @@ a worker is gone (all go back to the last snapshot that the living hold together
 import logging
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import ray
 from ray.actor import ActorHandle
@@ -16,7 +17,7 @@ from raymoe.actors.elastic_log import ElasticLog
 from raymoe.actors.forming import EnterFailed, Forming
 from raymoe.actors.orders import EpochOrder, Outcome, WorkerFacts, WorkerState
 from raymoe.actors.recruiting import Recruiting, room
-from raymoe.actors.roster import Roster, reason
+from raymoe.actors.roster import Roster, answers, explain, is_death, reason
 from raymoe.actors.step_book import StepBook
 from raymoe.actors.watching import Watching
 from raymoe.actors.wishes import Wishes
@@ -65,10 +66,13 @@ class EpochKeeper:
         """Of the epoch in force."""
         self.reached = 0
         """Steps done and waited for by nobody any more."""
+        self.saved: str | None = None
+        """The folder that the model was last written to."""
         self.failure: str | None = None
         self.waits_for: str | None = None
         """What training stands still for."""
         self._fruitless = 0
+        self._lost_until = 0
 
     @property
     def states(self) -> dict[int, WorkerState]:
@@ -90,6 +94,8 @@ class EpochKeeper:
             logger.exception("the run's keeper failed")
             self.failure = f"the controller failed: {type(error).__name__}: {error}"
         finally:
+            if self.failure is not None:
+                self._log.add("failed", self._book.next_step, self.failure)
             self._recruiting.ask_for_capacity(0)
             self._roster.end()
 
@@ -97,7 +103,10 @@ class EpochKeeper:
         self.order = self._forming.find() or self._first()
         while not self.wishes.is_over:
             if self.reached >= self.wishes.until:
-                time.sleep(_POLL_S)
+                if self.wishes.save_to in (None, self.saved):
+                    time.sleep(_POLL_S)
+                else:
+                    self.order = self._save(self.order, self.wishes.save_to)
                 continue
             until = self.wishes.until
             end = self._follow(self.order, until)
@@ -158,12 +167,36 @@ class EpochKeeper:
             return False
         leaving, avoid = self._watching.leaving(order), self.wishes.leaving_nodes
         staying = len(order.members) - len(leaving)
+        if self._book.next_step <= self._lost_until:
+            # a process that starts takes cores from those that make up for lost steps
+            return bool(leaving) and staying > 0
         wanted = max(0, self.wishes.most - staying)
         self._recruiting.ask_for_capacity(self.wishes.most)
         self._recruiting.look(wanted, max(self.wishes.most, len(order.members)), self._book.next_step, avoid)
         joining = min(len(self._recruiting.ready), wanted)
         comes = joining > 0 and self._recruiting.is_settled
         return comes or (bool(leaving) and staying + joining > 0)
+
+    def _save(self, order: EpochOrder, path: str) -> EpochOrder:
+        """Writes the model. If a worker is gone, its last steps are repeated by the others first."""
+        calls = self._roster.call(order.members, "save", Path(path))
+        dead = dict.fromkeys(set(order.members) - set(calls.values()), "is gone")
+        results, errors = answers(calls, self._job.config.worker_timeout_s, stop_early=True)
+        dead |= {member: reason(error) for member, error in errors.items() if is_death(error)}
+        if dead:
+            self._roster.call(set(order.members) - dead.keys(), "abort")
+            self.reached = 0
+            return self._recover(order, dead)
+        if errors:
+            raise RunFailed(f"saving {path} failed: {explain(errors)}")
+        if silent := set(calls.values()) - results.keys():
+            raise RunFailed(
+                f"saving {path}: workers {', '.join(map(str, sorted(silent)))} were not done within "
+                f"{self._job.config.worker_timeout_s:g} s; raise 'worker_timeout_s'"
+            )
+        self.saved = path
+        self._log.add("saved", self.reached, f"the model, to {path}")
+        return order
 
     # from one epoch to the next
 
@@ -202,6 +235,7 @@ class EpochKeeper:
 
     def _recover(self, order: EpochOrder, dead: dict[int, str]) -> EpochOrder:
         """The living go on from what they hold together."""
+        self._lost_until = self._book.next_step
         living = list(order.members)
         while True:
             for member, why in dead.items():

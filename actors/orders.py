@@ -109,5 +109,7 @@ class RunState:
     """What they last said."""
     waits_for: str | None
     """Why training stands still; None: it does not."""
+    saved: str | None
+    """The folder that the model was last written to."""
     failure: str | None
     """Why the run ended; None: it goes on."""

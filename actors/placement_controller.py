@@ -1,7 +1,10 @@
 """The actor that sees all ranks: gathers their reports, settles placement parameters, keeps the epochs going."""
 
 import logging
+import pickle
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -24,7 +27,10 @@ from raymoe.training.report import StepReport
 logger = logging.getLogger("raymoe")
 
 EVENTS_FILE = "events.jsonl"
+CHECKPOINT_FOLDER = "checkpoint"
+"""In the run's folder: the trained model as a Hugging Face directory."""
 _WISHES_FILE = "wishes.json"
+_POLL_S = 0.5
 
 
 @ray.remote(num_cpus=0)
@@ -43,18 +49,21 @@ class PlacementController:
     It may be killed at any time: the workers go on with their steps, and Ray starts it again, to find them by their names.
 
     Args:
+        job_path: file with the pickled `TrainJob`, where all nodes see it: a restart needs it when the driver's objects are gone.
         run: the run's name, which those of all its actors begin with.
-        lease: the run ends when this actor is gone; None: it goes on without whoever started it.
+        lease: lives as long as whoever started the run.
     """
 
-    def __init__(self, job: TrainJob, run: str, lease: ActorHandle | None):
+    def __init__(self, job_path: Path, run: str, lease: ActorHandle):
         logging.basicConfig(level=env.log_level())
         export_metrics()
+        job: TrainJob = pickle.loads(job_path.read_bytes())
         self._job, self._run, self._lease = job, run, lease
         is_new = not ray.get_runtime_context().was_current_actor_reconstructed
         workers, self._wishes_path = job.config.workers, job.folder / _WISHES_FILE
         self._wishes = Wishes(workers.max, workers.min) if is_new else Wishes.load(self._wishes_path)
         self._wishes.save(self._wishes_path)
+        self._checkpoint = job.folder / CHECKPOINT_FOLDER
         self._roster = Roster(job, run)
         self._log = ElasticLog(job.folder / EVENTS_FILE, is_new)
         self._book = StepBook(job, self._first_step)
@@ -62,8 +71,7 @@ class PlacementController:
         self._keeper = EpochKeeper(job, self._wishes, self._roster, self._book, self._log, me)
         self._thread = threading.Thread(target=self._keeper.run, name="keeper", daemon=True)
         self._thread.start()
-        if lease is not None:
-            threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
+        threading.Thread(target=self._watch_lease, name="lease", daemon=True).start()
 
     def __repr__(self) -> str:
         return "PlacementController"
@@ -134,6 +142,13 @@ class PlacementController:
         self._wishes.save(self._wishes_path)
 
     @ray.method(concurrency_group="control")
+    def save(self, path: Path) -> None:
+        """Has the model written as a Hugging Face directory once the steps are done; `state` says when it is."""
+        self._keeper.saved = None
+        self._wishes.save_to = str(path)
+        self._wishes.save(self._wishes_path)
+
+    @ray.method(concurrency_group="control")
     def end(self) -> None:
         """Ends all workers; returns when they are gone."""
         self._wishes.is_over = True
@@ -158,18 +173,28 @@ class PlacementController:
             publication=self._book.publication,
             workers=tuple(keeper.states[m] for m in sorted(keeper.states)),
             waits_for=keeper.waits_for,
+            saved=keeper.saved,
             failure=keeper.failure,
         )
 
     def _watch_lease(self) -> None:
-        assert self._lease is not None
-        stopped = threading.Event()
+        """Whoever started the run is gone: it ends, or goes on and is saved at its end."""
         while not self._wishes.is_over:
             try:
                 ray.get(self._lease.ping.remote())
+                time.sleep(_POLL_S)
             except RayError:
-                logger.warning("whoever started the run is gone, and the run ends")
-                self._wishes.is_over = True
-                self._thread.join(timeout=10)
-                ray.kill(ray.get_actor(f"{self._run}/placement-controller", NAMESPACE))
-            stopped.wait(0.5)
+                break
+        else:
+            return
+        if self._job.config.detached:
+            logger.warning("whoever started the run is gone; it goes on, and its model will be in %s", self._checkpoint)
+            self._wishes.until, self._wishes.save_to = self._job.config.steps, str(self._checkpoint)
+            self._wishes.save(self._wishes_path)
+            while self._keeper.saved is None and self._keeper.failure is None and not self._wishes.is_over:
+                time.sleep(_POLL_S)
+        else:
+            logger.warning("whoever started the run is gone, and the run ends")
+        self._wishes.is_over = True
+        self._thread.join(timeout=10)
+        ray.kill(ray.get_actor(f"{self._run}/placement-controller", NAMESPACE))

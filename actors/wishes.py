@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from raymoe.telemetry.files import write_text
+
 
 @dataclass
 class Wishes:
@@ -17,13 +19,13 @@ class Wishes:
     """Steps to do."""
     keeps_records: bool = True
     leaving_nodes: set[str] = field(default_factory=set)
+    save_to: str | None = None
+    """A folder for the trained model, once the steps are done."""
     is_over: bool = False
 
     def save(self, path: Path) -> None:
         """Writes them, whole or not at all."""
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(json.dumps(asdict(self) | {"leaving_nodes": sorted(self.leaving_nodes)}), encoding="utf-8")
-        partial.replace(path)
+        write_text(path, json.dumps(asdict(self) | {"leaving_nodes": sorted(self.leaving_nodes)}))
 
     @staticmethod
     def load(path: Path) -> "Wishes":

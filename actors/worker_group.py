@@ -1,5 +1,6 @@
 """A training run from the driver's side: starts its controller, follows it, and ends it."""
 
+import pickle
 import time
 import uuid
 from collections.abc import Iterator
@@ -20,9 +21,11 @@ from raymoe.actors.roster import answers, explain
 from raymoe.actors.session import NAMESPACE
 from raymoe.actors.step_summary import StepSummary
 from raymoe.errors import RunFailed
+from raymoe.telemetry.files import write_bytes
 from raymoe.training.job import TrainJob
 from raymoe.training.publication import Publication
 
+_JOB_FILE = "job.pickle"
 _POLL_S = 0.2
 _RESTART_S = 60.0
 """How long a controller may be away."""
@@ -90,14 +93,15 @@ class WorkerGroup:
         """
         # they go with the driver's node, and no other
         here = ray.get_runtime_context().get_node_id()
-        if not self._job.config.detached:
-            self._lease = Lease.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)).remote()
+        self._lease = Lease.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)).remote()
+        path = self._job.folder / _JOB_FILE
+        write_bytes(path, pickle.dumps(self._job))
         self._controller = PlacementController.options(
             name=f"{self.run}/placement-controller",
             namespace=NAMESPACE,
             lifetime="detached",
             scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
-        ).remote(self._job, self.run, self._lease)
+        ).remote(path, self.run, self._lease)
         while not self.facts:
             time.sleep(_POLL_S / 4)
             self._check(self._ask("state"))
@@ -129,8 +133,15 @@ class WorkerGroup:
         return self._ask("state").publication
 
     def save(self, path: Path) -> None:
-        """Writes the trained model as a Hugging Face directory."""
-        self._all("save", path)
+        """Writes the trained model as a Hugging Face directory; workers that die meanwhile are made up for.
+
+        Raises:
+            WorkersFailed: it could not be written.
+        """
+        self._ask("save", path)
+        while (state := self._ask("state")).saved != str(path):
+            self._check(state)
+            time.sleep(_POLL_S)
 
     def states(self) -> list[WorkerState]:
         """Every worker's state, in the order of the ranks."""

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from contextlib import nullcontext
 
 import pytest
 from rich.console import Console
@@ -38,7 +39,9 @@ def configuration(folder, **changes):
 
 def run(config):
     screen = io.StringIO()
-    return run_training(config, Console(file=screen, width=200, force_terminal=False)), screen.getvalue()
+    return run_training(
+        config, Console(file=screen, width=200, force_terminal=False), nullcontext("")
+    ), screen.getvalue()
 
 
 @pytest.fixture(scope="module")

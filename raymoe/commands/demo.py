@@ -2,7 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,7 +80,7 @@ def run_demo(data: str, steps: int, output: Path, console: Console, command: str
     config = demo_config(data, steps, output)
     # Serve's proxy, gateway and engine share the cores once the workers are gone
     with ray_session(min_cpus=4, own=True) as dashboard_url:
-        training = run_training(config, console, dashboard_url, command)
+        training = run_training(config, console, nullcontext(dashboard_url), command)
         served = _serve_and_ask(training.checkpoint, console)
     _print_evaluation(training, console)
     report_path = output / "report.html"

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from raymoe.actors import StepSummary, WorkerGroup, ray_session
+from raymoe.actors import CHECKPOINT_FOLDER, StepSummary, WorkerGroup, ray_session
 from raymoe.commands.progress import TrainingProgress, stage
 from raymoe.commands.train_opening import memory_rows, opening_lines, print_opening
 from raymoe.commands.train_report import TrainingOutcome, result_meta, step_rows, training_report
@@ -40,8 +41,7 @@ def train(
     """
     if must_resume:
         _check_resumable(config)
-    with ray_session(math.ceil(config.workers.max * config.worker_cpus)) as dashboard_url:
-        outcome = run_training(config, console, dashboard_url, command)
+    outcome = run_training(config, console, ray_session(math.ceil(config.workers.max * config.worker_cpus)), command)
     report = training_report(outcome, command)
     path = config.output / "report.html"
     write_report(path, report)
@@ -62,9 +62,16 @@ def _check_resumable(config: TrainConfig) -> None:
 
 
 def run_training(
-    config: TrainConfig, console: Console, dashboard_url: str = "", command: str = "raymoe train"
+    config: TrainConfig,
+    console: Console,
+    session: AbstractContextManager[str],
+    command: str = "raymoe train",
 ) -> TrainingOutcome:
-    """Trains and evaluates inside a Ray session that is up already.
+    """Trains and evaluates.
+
+    Args:
+        session: a connection to Ray, entered when text and model are ready, so that what is wrong with them is said at once;
+            gives the dashboard's URL, or "".
 
     Raises:
         ValueError: text, model, logger or configuration that cannot be used; names the key, file or row.
@@ -75,11 +82,11 @@ def run_training(
     logging.getLogger("ray").setLevel(logging.ERROR)
     folder = config.output.resolve()
     with open_loggers(config.logs, folder) as log:
-        return _run(config, console, dashboard_url, command, folder, log)
+        return _run(config, console, session, command, folder, log)
 
 
 def _run(
-    config: TrainConfig, console: Console, dashboard_url: str, command: str, folder: Path, log: RunLog
+    config: TrainConfig, console: Console, session: AbstractContextManager[str], command: str, folder: Path, log: RunLog
 ) -> TrainingOutcome:
     with stage(console, "text") as say:
         text = prepare_text(config, folder)
@@ -94,10 +101,10 @@ def _run(
             f"{job.total_parameters / 1e6:.1f} M parameters, {job.expert_parameters / 1e6:.1f} M of them in "
             f"{job.num_layers} x {job.num_experts} experts"
         )
-    checkpoint = folder / "checkpoint"
+    checkpoint = folder / CHECKPOINT_FOLDER
     steps: list[StepSummary] = []
     started_s = time.time()
-    with WorkerGroup(job) as group:
+    with session as dashboard_url, WorkerGroup(job) as group:
         with stage(console, "workers") as say:
             group.start()
             say(f"{len(group.facts)} ExpertWorker actors" + (f"; dashboard {dashboard_url}" if dashboard_url else ""))
@@ -120,10 +127,10 @@ def _run(
                 watch.step(step)
                 text.check()
             watch.finish(steps[-1].step)
-        memory = memory_rows(job, group.facts, held=[state.state_bytes for state in group.states()])
         with stage(console, "saving") as say:
             group.save(checkpoint)
             say(f"Hugging Face directory {checkpoint}")
+        memory = memory_rows(job, group.facts, held=[state.state_bytes for state in group.states()])
     with stage(console, "evaluating") as say:
         result = _evaluate(config, checkpoint, text)
         others = baselines(text.train_frequencies(), text.held_out, text.held_out_documents)
