@@ -163,8 +163,6 @@ class EpochKeeper:
 
     def _wants_change(self, order: EpochOrder) -> bool:
         """Whether somebody is to come or to leave, and training can go on then."""
-        if self._job.config.dense == "sharded":
-            return False
         leaving, avoid = self._watching.leaving(order), self.wishes.leaving_nodes
         staying = len(order.members) - len(leaving)
         if self._book.next_step <= self._lost_until:
@@ -203,12 +201,13 @@ class EpochKeeper:
     def _change(self, order: EpochOrder) -> EpochOrder:
         """Somebody comes or leaves; nothing is rolled back."""
         leaving = self._watching.leaving(order)
+        if self._job.config.dense == "sharded":
+            # one after another: its part is with its buddy, which must stay
+            leaving = leaving[:1]
         staying = [member for member in order.members if member not in leaving]
         joining = self._recruiting.take(max(0, self.wishes.most - len(staying)))
         try:
-            if leaving and staying:
-                self._forming.evacuate(order, leaving)
-            following = self._forming.live(order, staying, joining)
+            following = self._forming.change(order, staying, joining)
         except EnterFailed as failed:
             return self._recover(order, failed.dead)
         for member in leaving:
@@ -257,7 +256,7 @@ class EpochKeeper:
             return order
         joining = self._staffed(list(order.members))
         try:
-            return self._forming.live(order, list(order.members), joining)
+            return self._forming.change(order, list(order.members), joining)
         except EnterFailed as failed:
             return self._recover(order, failed.dead)
 

@@ -150,6 +150,15 @@ class ExpertWorker:
             self._ended.wait_for(lambda: (epoch, until) in self._outcomes)
             return self._outcomes[epoch, until]
 
+    def settle(self) -> None:
+        """Returns when this worker's last snapshot is with its buddy."""
+        self._snapshots.wait()
+
+    def snap(self) -> None:
+        """Takes a snapshot between two steps; all workers do, after all have settled. Returns when it is with the buddy."""
+        self._snapshots.take(TrainerState(self._running), is_agreed=True)
+        self._snapshots.wait()
+
     def evacuate(self, leaving: list[int]) -> int:
         """Moves all experts off the ranks that leave; returns how many. All ranks do it together."""
         return evacuate(self._running, leaving)
@@ -226,6 +235,10 @@ class ExpertWorker:
         if order.source is None:
             return job.start_trainer(world, order.publication, order.resumes)
         assert trainer is not None, "a joiner has prepared itself"
+        if job.config.dense == "sharded":
+            # FSDP2's parameters are bound to their ranks
+            self._trainer = None
+            trainer = job.start_trainer(world, order.publication, None)
         enter_epoch(trainer, world, order.publication, order.source, self._snapshots)
         return trainer
 

@@ -80,23 +80,24 @@ class Forming:
         self._log.add("controller", self._book.next_step, f"a new controller found epoch {newest.number}")
         return newest
 
-    def evacuate(self, order: EpochOrder, leaving: list[int]) -> None:
-        """Moves all experts off the members that leave. Raises: EnterFailed."""
-        ranks = [order.members.index(member) for member in leaving]
-        self._all(list(order.members), self._roster.call(order.members, "evacuate", ranks))
-
-    def live(self, order: EpochOrder, staying: list[int], joining: list[int]) -> EpochOrder:
+    def change(self, order: EpochOrder, staying: list[int], joining: list[int]) -> EpochOrder:
         """The next epoch, of those who stay and those who come; nothing is rolled back. Raises: EnterFailed."""
-        members = [*staying, *joining]
-        survivors = tuple(order.members.index(member) if member in order.members else None for member in members)
+        members, leaving = [*staying, *joining], [member for member in order.members if member not in staying]
         began = time.monotonic()
-        following = self._enter(order, members, Live(survivors))
+        if self._job.config.dense == "sharded":
+            source = self._snapshot(order, staying)
+        else:
+            if leaving and staying:
+                ranks = [order.members.index(member) for member in leaving]
+                self._all(list(order.members), self._roster.call(order.members, "evacuate", ranks))
+            source = Live(tuple(order.members.index(each) if each in order.members else None for each in members))
+        following = self._enter(order, members, source)
         stopped_s = time.monotonic() - began
         step = self.facts[0].next_step
         for member in joining:
             text = f"worker {member} joined; {len(members)} workers"
             self._log.add("join", step, text, worker=member, epoch=following.number, stopped_s=stopped_s)
-        for member in sorted(set(order.members) - set(staying)):
+        for member in leaving:
             text = f"worker {member} left, its experts stayed; {len(members)} workers"
             self._log.add("leave", step, text, worker=member, epoch=following.number, stopped_s=stopped_s)
         return following
@@ -125,6 +126,12 @@ class Forming:
                 raise RunFailed(f"{lost}; {where}, so the run cannot go on") from None
             self._log.add("fallback", self._book.next_step, f"{lost}; back to {newest}", checkpoint=str(newest))
             return None
+
+    def _snapshot(self, order: EpochOrder, staying: list[int]) -> FromSnapshots:
+        """One of this very step. Raises: EnterFailed."""
+        for method in ("settle", "snap"):
+            self._all(list(order.members), self._roster.call(order.members, method))
+        return choose_step(self._all(staying, self._roster.call(staying, "held")))
 
     def again(self, order: EpochOrder, members: list[int], source: FromSnapshots | None) -> EpochOrder:
         """The next epoch after a loss. Raises: EnterFailed."""

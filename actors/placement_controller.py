@@ -46,19 +46,19 @@ class Lease:
 class PlacementController:
     """Settles what is slower than a step. Per-step plans are made by the ranks themselves, from what it last published.
 
-    It may be killed at any time: the workers go on with their steps, and Ray starts it again, to find them by their names.
+    It may be killed at any time: the workers go on with their steps, and Ray starts it again, to find them by their names. The
+    actor `run/lease` lives as long as whoever started the run.
 
     Args:
         job_path: file with the pickled `TrainJob`, where all nodes see it: a restart needs it when the driver's objects are gone.
         run: the run's name, which those of all its actors begin with.
-        lease: lives as long as whoever started the run.
     """
 
-    def __init__(self, job_path: Path, run: str, lease: ActorHandle):
+    def __init__(self, job_path: Path, run: str):
         logging.basicConfig(level=env.log_level())
         export_metrics()
         job: TrainJob = pickle.loads(job_path.read_bytes())
-        self._job, self._run, self._lease = job, run, lease
+        self._job, self._run = job, run
         is_new = not ray.get_runtime_context().was_current_actor_reconstructed
         workers, self._wishes_path = job.config.workers, job.folder / _WISHES_FILE
         self._wishes = Wishes(workers.max, workers.min) if is_new else Wishes.load(self._wishes_path)
@@ -127,8 +127,6 @@ class PlacementController:
             ValueError: the run cannot.
         """
         config = self._job.config
-        if config.dense == "sharded":
-            raise ValueError("the run's dense parameters are sharded, and cannot follow a changing number of workers")
         if not 1 <= num_workers <= config.batch:
             raise ValueError(f"{num_workers} workers: a step has {config.batch} sequences, give 1 to {config.batch}")
         self._wishes.least = min(self._wishes.least, num_workers)
@@ -179,14 +177,14 @@ class PlacementController:
 
     def _watch_lease(self) -> None:
         """Whoever started the run is gone: it ends, or goes on and is saved at its end."""
-        while not self._wishes.is_over:
-            try:
-                ray.get(self._lease.ping.remote())
+        try:
+            lease = ray.get_actor(f"{self._run}/lease", NAMESPACE)
+            while not self._wishes.is_over:
+                ray.get(lease.ping.remote())
                 time.sleep(_POLL_S)
-            except RayError:
-                break
-        else:
             return
+        except (RayError, ValueError) as gone:
+            logger.debug("%s", gone)
         if self._job.config.detached:
             logger.warning("whoever started the run is gone; it goes on, and its model will be in %s", self._checkpoint)
             self._wishes.until, self._wishes.save_to = self._job.config.steps, str(self._checkpoint)

@@ -93,7 +93,10 @@ class WorkerGroup:
         """
         # they go with the driver's node, and no other
         here = ray.get_runtime_context().get_node_id()
-        self._lease = Lease.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)).remote()
+        same_node = NodeAffinitySchedulingStrategy(here, soft=False)
+        self._lease = Lease.options(
+            name=f"{self.run}/lease", namespace=NAMESPACE, scheduling_strategy=same_node
+        ).remote()
         path = self._job.folder / _JOB_FILE
         write_bytes(path, pickle.dumps(self._job))
         self._controller = PlacementController.options(
@@ -101,7 +104,7 @@ class WorkerGroup:
             namespace=NAMESPACE,
             lifetime="detached",
             scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
-        ).remote(path, self.run, self._lease)
+        ).remote(path, self.run)
         while not self.facts:
             time.sleep(_POLL_S / 4)
             self._check(self._ask("state"))

@@ -20,10 +20,6 @@ def test_the_example_is_valid_and_overrides_lie_over_it():
         ({"workers": "many"}, r"^workers: give a number of workers from 1 on, or bounds: .*got 'many'"),
         ({"workers": 0}, r"^workers: give a number of workers from 1 on.*\(got 0\)$"),
         ({"workers": {"min": 3}}, r"^workers: min: 3 is above max, 2"),
-        (
-            {"workers": {"min": 1, "max": 3}, "dense": "sharded"},
-            r"dense: sharded parameters cannot follow a changing number",
-        ),
         ({"snapshots": {"every": -1}}, r"^snapshots: every: must be 'auto' or an integer of at least 0"),
         ({"batch": 1}, r"^batch: 1 sequences do not reach 2 workers; need at least 2$"),
         ({"experts": {"overlap_degree": -1}}, r"^experts\.overlap_degree.*at least 0"),

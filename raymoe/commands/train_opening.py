@@ -215,8 +215,7 @@ def _workers(job: TrainJob, size: int) -> str:
 def _snapshots(job: TrainJob, publication: Publication) -> str:
     every = job.config.snapshots.every
     if publication.snapshot_every == 0:
-        why = "dense: sharded" if job.config.dense == "sharded" else "snapshots.every"
-        return f"none ({why}): when a worker dies the run goes back to its last checkpoint"
+        return "none (snapshots.every): when a worker dies the run goes back to its last checkpoint"
     if every == "auto":
         return (
             f"every {publication.snapshot_every} steps at first, then as often as {job.config.snapshots.share:.1%} of the time "

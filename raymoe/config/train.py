@@ -117,8 +117,8 @@ class TrainConfig(Strict):
     recompute: bool = False
     """Activation checkpointing: only what enters a block is kept, and the block's forward runs again in backward."""
     dense: Literal["replicated", "sharded"] = "replicated"
-    """Parameters that are not experts: all of them on every worker, or sharded by FSDP2. Sharded ones are in no snapshot: when
-    a worker dies the run goes back to its last checkpoint, with as many workers as before."""
+    """Parameters that are not experts: all of them on every worker, or sharded by FSDP2. Sharded ones take less
+    memory and longer steps, and a change of workers rebuilds the model from its files and a snapshot."""
     balance_loss: float | None = Field(default=None, ge=0)
     """Weight of the load-balance loss; default: the model configuration's `router_aux_loss_coef`."""
     z_loss: float | None = Field(default=None, ge=0)
@@ -143,14 +143,6 @@ class TrainConfig(Strict):
     """Snapshots in memory, from which training goes on when a worker is lost."""
     detached: bool = False
     """Whether the run goes on when the process that started it is gone; `raymoe status` finds it."""
-
-    @model_validator(mode="after")
-    def _sharded_stays(self) -> "TrainConfig":
-        if self.dense == "sharded" and self.workers.min != self.workers.max:
-            raise ValueError(
-                "dense: sharded parameters cannot follow a changing number of workers; give 'workers' a number"
-            )
-        return self
 
     @model_validator(mode="after")
     def _enough_sequences(self) -> "TrainConfig":

@@ -1,64 +1,24 @@
-"""The expert cache: a fixed pool of slots, one expert each, shared by all MoE layers, filled from the tier below."""
+"""The expert cache: slots of one expert each, shared by all MoE layers, filled from the tiers below on demand and ahead of it."""
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
 import torch
 
-from raymoe.config import parse_memory
+from raymoe.inference.counters import CacheCounters, CacheHistory, CacheWindow
 from raymoe.inference.eviction import EvictionPolicy, Key, LeastRecentlyUsed
+from raymoe.inference.slot_order import CudaSlotOrder, SlotOrder
+from raymoe.inference.slots import SlotPool, slots_for
 from raymoe.inference.tiers import ExpertSource
-
-
-@dataclass
-class CacheCounters:
-    """What happened in a span of time, in experts and bytes."""
-
-    hits: int = 0
-    misses: int = 0
-    fetched_bytes: int = 0
-
-    @property
-    def hit_rate(self) -> float | None:
-        """Share of the wanted experts that were resident; None if none was wanted."""
-        wanted = self.hits + self.misses
-        return self.hits / wanted if wanted else None
-
-
-@dataclass
-class CacheWindow(CacheCounters):
-    """One point of the history: the span that starts at `start_s` seconds after the cache was made."""
-
-    start_s: float = 0.0
-    resident: int = 0
-
-
-def slots_for(budget: str | int, num_experts: int, expert_bytes: int) -> int:
-    """How many experts of `expert_bytes` fit a budget such as "50%" (of all experts) or "512MiB", at most all of them.
-
-    Raises:
-        ValueError: the budget is malformed, or holds not even one expert; names the smallest that does.
-    """
-    total_bytes = num_experts * expert_bytes
-    budget_bytes = parse_memory(budget, total_bytes)
-    if budget_bytes < expert_bytes:
-        # rounded up to three digits, so that the share named here is itself enough
-        share = -(-100_000 * expert_bytes // total_bytes) / 1000
-        raise ValueError(
-            f"expert_memory: {budget} is {budget_bytes} bytes, less than one expert. The smallest budget that works is "
-            f"{expert_bytes} bytes, or {share:g}% of the {total_bytes} bytes that all {num_experts} experts take."
-        )
-    return min(budget_bytes // expert_bytes, num_experts)
 
 
 class ExpertCache:
     """Slots [slots, numel] and who is in them. Safe to use from several threads.
 
-    A slot is handed out pinned and never overwritten before its user has asked for the next group (or let go of the
-    iterator); kernels that still run on a CUDA stream are covered as long as the source copies on that same stream.
+    A slot is handed out pinned and never overwritten before its user has asked for the next group (or let go of the iterator).
+    What is wanted now is read before what may be wanted later; a wish gets its slot only when its read begins, so one that is
+    withdrawn before that has cost nothing. `close` ends the reading threads.
     """
 
     def __init__(
@@ -71,16 +31,19 @@ class ExpertCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         policy: Callable[[int, int], EvictionPolicy] = LeastRecentlyUsed,
+        readers: int = 0,
         window_s: float = 1.0,
     ):
-        """Allocates the pool.
+        """Reserves the pool and starts the reading threads.
 
         Args:
-            source: the tier below.
+            source: the tiers below.
             numel: elements of one expert, for each MoE layer; a slot is as large as the largest.
             num_experts: experts of each MoE layer.
             budget: bytes, or a share of what all experts would take, see `raymoe.config.parse_memory`.
             policy: makes the eviction policy from (layers, slots).
+            readers: threads that read while others compute; without any, who needs an expert reads it, and nothing is
+                fetched ahead.
             window_s: seconds that one point of `history` covers.
 
         Raises:
@@ -90,23 +53,39 @@ class ExpertCache:
         self._numel = list(numel)
         self.num_experts = sum(num_experts)
         self.slot_bytes = max(numel) * dtype.itemsize
-        self.num_slots = slots_for(budget, self.num_experts, self.slot_bytes)
-        self.pool = torch.zeros(self.num_slots, max(numel), dtype=dtype, device=device)
-        """[slots, numel]. Read only what `acquire` has handed out."""
-        self._policy = policy(len(self._numel), self.num_slots)
+        device, num_slots = torch.device(device), slots_for(budget, self.num_experts, self.slot_bytes)
+        self._slots = SlotPool(self.num_experts, num_slots, max(numel), dtype, device)
+        self._order = CudaSlotOrder(num_slots, device) if device.type == "cuda" else SlotOrder()
+        self._policy = policy(len(self._numel), num_slots)
         self._changed = threading.Condition()
         self._slot: dict[Key, int] = {}
         self._ready: set[Key] = set()
         self._pins: dict[Key, int] = {}
-        self._empty = list(range(self.num_slots - 1, -1, -1))
-        self.total = CacheCounters()
-        self._start_s = time.monotonic()
-        self._window_s = window_s
-        self._windows: deque[CacheWindow] = deque([CacheWindow()], maxlen=600)
+        self._demanded: dict[Key, None] = {}
+        self._failed: dict[Key, BaseException] = {}
+        self._wishes: list[Key] = []
+        self._unused: dict[Key, int] = {}
+        self._history = CacheHistory(window_s)
+        self._is_closed = False
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"expert-reader-{i}", daemon=True) for i in range(readers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def pool(self) -> torch.Tensor:
+        """[slots, numel]. Read only what `acquire` has handed out."""
+        return self._slots.tensor
+
+    @property
+    def num_slots(self) -> int:
+        """Experts that the budget allows."""
+        return self._slots.limit
 
     @property
     def budget_bytes(self) -> int:
-        """Bytes of the pool."""
+        """Bytes that the slots may take."""
         return self.num_slots * self.slot_bytes
 
     @property
@@ -115,106 +94,219 @@ class ExpertCache:
         with self._changed:
             return len(self._ready)
 
+    @property
+    def total(self) -> CacheCounters:
+        """Since the beginning."""
+        return self._history.total
+
     def history(self) -> list[CacheWindow]:
         """Windows with traffic, oldest first (at most the last 600), for a plot."""
         with self._changed:
-            return [replace(window) for window in self._windows]
+            return self._history.windows()
+
+    def residents(self) -> list[Key]:
+        """(layer, expert) of all that are in a slot now."""
+        with self._changed:
+            return list(self._ready)
 
     def acquire(self, layer: int, experts: Sequence[int]) -> Generator[tuple[list[int], list[int]], None, None]:
-        """Hands out the slots of `experts` (distinct) of one layer: those that are resident first, then fetched ones.
+        """Hands out the slots of `experts` (distinct) of one layer: those that are resident first, others as they come.
 
         Yields:
             (experts, their slots), disjoint groups that together are `experts`. A group's slots stay as they are until the
-            next group is asked for or the iterator is closed. There are several groups of fetched experts if they do not
-            fit at once; one slot is enough for any number of experts.
+            next group is asked for or the iterator is closed. One slot is enough for any number of experts.
         """
-        waiting = list(dict.fromkeys(experts))
+        waiting = dict.fromkeys((layer, expert) for expert in experts)
         assert len(waiting) == len(experts), "experts must be distinct"
-        while waiting:
-            group, slots, is_hit = self._claim(layer, waiting)
-            try:
-                if not is_hit:
-                    self._fetch(layer, group, slots)
-                yield group, slots
-            finally:
-                self._release(layer, group)
-            taken = set(group)
-            waiting = [expert for expert in waiting if expert not in taken]
+        self._demand(layer, waiting)
+        try:
+            while waiting:
+                group = self._arrived(waiting)
+                slots = [self._slot[key] for key in group]
+                self._order.before_use(slots)
+                yield [expert for _, expert in group], slots
+                self._order.used(slots)
+                for key in group:
+                    del waiting[key]
+                self._release(group)
+        finally:
+            self._release(list(waiting))
 
-    def _claim(self, layer: int, waiting: list[int]) -> tuple[list[int], list[int], bool]:
-        """Pins the residents among `waiting`, else as many slots as are free for the others; waits while neither is to be had.
+    def expect(self, layer: int, probability: Mapping[int, float]) -> None:
+        """Tells the eviction policy what is predicted of the layer's next visit."""
+        with self._changed:
+            self._policy.expect(layer, probability)
 
-        Nothing is held while waiting, so threads cannot wait for each other in a circle.
+    def wish(self, keys: Iterable[Key]) -> None:
+        """Replaces what is to be fetched ahead, the most urgent first. What is not worth more than what it would evict is not."""
+        with self._changed:
+            self._wishes = [key for key in keys if key not in self._slot]
+            # from behind, because the first is taken first
+            self._wishes.reverse()
+            if self._wishes:
+                self._changed.notify_all()
+
+    def set_budget(self, budget: str | int) -> None:
+        """Changes the budget at once; experts that are computed with right now leave when they are done.
+
+        Raises:
+            ValueError: it does not hold one expert, or is more than the device has memory set aside for.
         """
         with self._changed:
-            while True:
-                group = [expert for expert in waiting if (layer, expert) in self._ready]
-                is_hit = bool(group)
-                if is_hit:
-                    self._policy.used(layer, group)
-                else:
-                    group = self._make_room(layer, waiting)
-                if group:
-                    for expert in group:
-                        self._pins[layer, expert] = self._pins.get((layer, expert), 0) + 1
-                    self._count(hits=len(group) if is_hit else 0, misses=0 if is_hit else len(group))
-                    return group, [self._slot[layer, expert] for expert in group], is_hit
-                self._changed.wait()
+            self._slots.set_limit(slots_for(budget, self.num_experts, self.slot_bytes))
+            self._policy.resized(self._slots.limit)
+            self._shrink()
+            self._changed.notify_all()
 
-    def _make_room(self, layer: int, waiting: list[int]) -> list[int]:
-        """Gives slots to as many of `waiting` as possible; those that another thread is fetching right now are left to it."""
-        group: list[int] = []
-        for expert in waiting:
-            if (layer, expert) in self._slot:
+    def close(self) -> None:
+        """Ends the reading threads; what they read at the moment is finished. Safe to call again."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    # what is wanted now
+
+    def _demand(self, layer: int, keys: Iterable[Key]) -> None:
+        """Pins what there is and lines up what there is not."""
+        with self._changed:
+            hits = [key for key in keys if key in self._ready]
+            late = [key for key in keys if key in self._slot and key not in self._ready]
+            missing = [key for key in keys if key not in self._slot]
+            for key in keys:
+                self._pins[key] = self._pins.get(key, 0) + 1
+                self._unused.pop(key, None)
+            if hits or late:
+                self._policy.used(layer, [expert for _, expert in (*hits, *late)])
+            # a read that failed for somebody else is tried anew
+            self._demanded |= dict.fromkeys(key for key in missing if key not in self._failed)
+            self._count(hits=len(hits), late=len(late), misses=len(missing))
+            if missing and hits:
+                self._changed.notify_all()
+
+    def _arrived(self, waiting: dict[Key, None]) -> list[Key]:
+        """Those of `waiting` that are in their slots, at least one; meanwhile reads what nobody else does."""
+        began_s = None
+        try:
+            while True:
+                with self._changed:
+                    while True:
+                        if group := [key for key in waiting if key in self._ready]:
+                            return group
+                        began_s = began_s or time.monotonic()
+                        for key in waiting:
+                            if key in self._failed:
+                                raise self._failed[key]
+                        if (job := self._begin_demanded(waiting)) is not None:
+                            break
+                        self._changed.wait()
+                    if self._demanded:
+                        self._changed.notify_all()
+                self._read(*job)
+        finally:
+            if began_s is not None:
+                with self._changed:
+                    self._count(stall_s=time.monotonic() - began_s)
+
+    def _release(self, keys: list[Key]) -> None:
+        with self._changed:
+            for key in keys:
+                self._pins[key] -= 1
+                if not self._pins[key]:
+                    del self._pins[key]
+                    self._demanded.pop(key, None)
+                    self._failed.pop(key, None)
+            self._shrink()
+            self._changed.notify_all()
+
+    # reading
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                while (job := self._begin_demanded(self._demanded) or self._begin_wished()) is None:
+                    if self._is_closed:
+                        return
+                    self._changed.wait()
+            self._read(*job)
+
+    def _begin_demanded(self, among: Iterable[Key]) -> tuple[Key, int] | None:
+        key = next((key for key in among if key in self._demanded), None)
+        if key is None or (slot := self._slot_for(key[0])) is None:
+            return None
+        del self._demanded[key]
+        self._slot[key] = slot
+        self._policy.used(key[0], [key[1]])
+        return key, slot
+
+    def _begin_wished(self) -> tuple[Key, int] | None:
+        while self._wishes and not self._is_closed:
+            key = self._wishes.pop()
+            if key in self._slot or key in self._demanded:
                 continue
-            if not self._empty:
-                victim = self._policy.victim(layer, self._is_free)
-                if victim is None:
-                    break
+            slot = self._slots.take()
+            if slot is None:
+                victim = self._policy.victim(key[0], self._is_free)
+                if victim is None or self._policy.worth(victim) >= self._policy.worth(key):
+                    continue
                 self._drop(victim)
-            self._slot[layer, expert] = self._empty.pop()
-            self._policy.used(layer, [expert])
-            group.append(expert)
-        return group
+                slot = self._slots.take()
+                if slot is None:
+                    continue
+            self._slot[key] = slot
+            self._unused[key] = 0
+            self._policy.fetched(*key)
+            return key, slot
+        return None
+
+    def _read(self, key: Key, slot: int) -> None:
+        layer, expert = key
+        try:
+            with self._order.writing(slot):
+                moved_bytes = self._source.read(layer, expert, self.pool[slot, : self._numel[layer]])
+        except BaseException as error:
+            with self._changed:
+                self._drop(key)
+                if key in self._pins:
+                    self._failed[key] = error
+                self._changed.notify_all()
+            return
+        with self._changed:
+            self._ready.add(key)
+            is_ahead = key in self._unused
+            if is_ahead:
+                self._unused[key] = moved_bytes
+            self._count(fetched_bytes=moved_bytes, prefetched=int(is_ahead))
+            self._changed.notify_all()
+
+    # slots
+
+    def _slot_for(self, layer: int) -> int | None:
+        slot = self._slots.take()
+        if slot is None and (victim := self._policy.victim(layer, self._is_free)) is not None:
+            self._drop(victim)
+            slot = self._slots.take()
+        return slot
 
     def _is_free(self, key: Key) -> bool:
         return key in self._ready and key not in self._pins
 
     def _drop(self, key: Key) -> None:
-        self._empty.append(self._slot.pop(key))
+        self._slots.give(self._slot.pop(key))
         self._ready.discard(key)
         self._policy.dropped(*key)
+        wasted_bytes = self._unused.pop(key, None)
+        if wasted_bytes is not None:
+            self._count(wasted=1, wasted_bytes=wasted_bytes)
 
-    def _fetch(self, layer: int, group: list[int], slots: list[int]) -> None:
-        numel = self._numel[layer]
-        moved_bytes = 0
-        for expert, slot in zip(group, slots, strict=True):
-            moved_bytes += self._source.read(layer, expert, self.pool[slot, :numel])
-        with self._changed:
-            self._ready.update((layer, expert) for expert in group)
-            self._count(fetched_bytes=moved_bytes)
-            self._changed.notify_all()
+    def _shrink(self) -> None:
+        """Evicts down to the limit, as far as nobody computes."""
+        while self._slots.in_use > self._slots.limit:
+            victim = next((key for key in self._ready if key not in self._pins), None)
+            if victim is None:
+                return
+            self._drop(victim)
 
-    def _release(self, layer: int, group: list[int]) -> None:
-        with self._changed:
-            for expert in group:
-                key = (layer, expert)
-                self._pins[key] -= 1
-                if not self._pins[key]:
-                    del self._pins[key]
-                if key not in self._ready:
-                    # its read failed
-                    self._drop(key)
-            self._changed.notify_all()
-
-    def _count(self, hits: int = 0, misses: int = 0, fetched_bytes: int = 0) -> None:
-        elapsed_s = time.monotonic() - self._start_s
-        window = self._windows[-1]
-        if elapsed_s >= window.start_s + self._window_s:
-            window = CacheWindow(start_s=elapsed_s - elapsed_s % self._window_s)
-            self._windows.append(window)
-        window.resident = len(self._ready)
-        for counters in (self.total, window):
-            counters.hits += hits
-            counters.misses += misses
-            counters.fetched_bytes += fetched_bytes
+    def _count(self, **amounts: float) -> None:
+        self._history.count(len(self._ready), **amounts)

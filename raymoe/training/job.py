@@ -92,8 +92,6 @@ class TrainJob:
         if transport == "auto":
             transport = "hierarchical" if len(set(nodes)) > 1 else "p2p"
         every = self.config.snapshots.every
-        if self.config.dense == "sharded":
-            every = 0
         return Publication(
             version=0,
             policy=experts.policy,

@@ -1,5 +1,7 @@
 """A trainer's way into a new epoch: other ranks, other owners, the same state.
 
+Dense parameters that FSDP2 has sharded are bound to their ranks: they come into an epoch in a fresh trainer, from a snapshot.
+
 L MoE layers, E experts a layer, D ranks of the new epoch.
 """
 
@@ -12,8 +14,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from raymoe.placement import Base, owners_after
+from raymoe.training.dense import ReplicatedDense
 from raymoe.training.placing import Placing, first_base
 from raymoe.training.pool import Place
 from raymoe.training.publication import Publication
@@ -23,6 +27,9 @@ from raymoe.training.snapshot import FromSnapshots, Snapshots
 from raymoe.training.state import TrainerState
 from raymoe.training.trainer import Trainer
 from raymoe.training.world import World
+
+_Parts = dict[int, dict[Key, Tensor]]
+"""By member, what of its snapshot is kept by somebody beside it, as far as this rank is who gives it."""
 
 _IN_FLIGHT_BYTES = 64 << 20
 """Of experts under way to or from a rank at once."""
@@ -53,7 +60,8 @@ def evacuate(trainer: Trainer, leaving: list[int]) -> int:
 def enter_epoch(
     trainer: Trainer, world: World, publication: Publication, source: Live | FromSnapshots, snapshots: Snapshots
 ) -> None:
-    """Makes a trainer a rank of `world`; all ranks call it, before the first step there.
+    """Makes a trainer a rank of `world`; all ranks call it, before the first step there. One whose dense parameters are sharded has
+    been made in that world, and comes from a snapshot.
 
     Experts keep their homes as far as an even split allows; parameters, masters and moments arrive bit for bit, and so do
     history, step and, where a snapshot is the source, the random generators.
@@ -113,30 +121,57 @@ def _enter_snapshot(
     after = first_base(publication, owners_after(owners, survivors), world)
     trainer.experts.rehome(after)
     _place(trainer, publication, after, common)
-    _restore_experts(trainer, source, resident, snapshots)
+    parts = {
+        each: snapshots.shadow(each, source.step, source.epoch).shared_tensors()
+        for each, holder in source.holders.items()
+        if holder == member
+    }
+    _restore_experts(trainer, source, resident, parts)
     dense = trainer.dense.tensors()
+    is_sharded = any(isinstance(tensor, DTensor) for tensor in dense.values())
+    if is_sharded:
+        _restore_shards(dense, world, source, parts)
     if own is not None:
         kept = own.tensors()
-        for name, tensor in dense.items():
+        for name, tensor in dense.items() if not is_sharded else ():
             tensor.copy_(kept["dense", name])
         state = TrainerState(trainer)
         for name, tensor in state.own().items():
             tensor.copy_(kept["own", name])
         state.apply_generators()
-    if not all(has_own):
+    if not is_sharded and not all(has_own):
         for tensor in dense.values():
             dist.broadcast(tensor, teacher, group=world.dense)
 
 
-def _restore_experts(trainer: Trainer, source: FromSnapshots, resident: np.ndarray, snapshots: Snapshots) -> None:
+def _restore_shards(dense: dict[str, Tensor], world: World, source: FromSnapshots, parts: _Parts) -> None:
+    """Puts each dense tensor together from the shards of the snapshot's ranks, and keeps this rank's of today."""
+    rank_of = {each: rank for rank, each in enumerate(world.members)}
+    for name, tensor in dense.items():
+        assert isinstance(tensor, DTensor), "all of them are sharded or none"
+        shard, pieces = tensor.to_local(), []
+        for each, rows in zip(source.members, _rows(tensor.shape[0], len(source.members)), strict=True):
+            holder = rank_of[source.holders[each]]
+            if holder == world.rank:
+                piece = parts[each]["shard", name].to(shard.device)
+            else:
+                piece = torch.empty((rows, *tensor.shape[1:]), dtype=shard.dtype, device=shard.device)
+            if rows:
+                dist.broadcast(piece, holder, group=world.dense)
+            pieces.append(piece)
+        shard.copy_(torch.cat(pieces).split(_rows(tensor.shape[0], world.size))[world.rank])
+
+
+def _rows(num_rows: int, num_ranks: int) -> list[int]:
+    """How many of a tensor's rows FSDP2 gives to each rank: as `torch.chunk` does, and none to those that come away empty."""
+    most = -(-num_rows // num_ranks)
+    return [max(0, min(most, num_rows - rank * most)) for rank in range(num_ranks)]
+
+
+def _restore_experts(trainer: Trainer, source: FromSnapshots, resident: np.ndarray, parts: _Parts) -> None:
     """Writes every expert that lives here from the snapshot that holds it, wherever that is."""
     world, experts = trainer.world, trainer.experts
     rank_of = {each: rank for rank, each in enumerate(world.members)}
-    shadows = {
-        each: snapshots.shadow(each, source.step, source.epoch).shared_tensors()
-        for each, holder in source.holders.items()
-        if holder == world.members[world.rank]
-    }
     kinds = experts.optimizer.tensors()
     batch = _Batch(world)
     for layer, expert in np.ndindex(*resident.shape[:2]):
@@ -150,7 +185,7 @@ def _restore_experts(trainer: Trainer, source: FromSnapshots, resident: np.ndarr
             for kind, rows in kinds.items():
                 key: Key = ("expert", *place, kind)
                 target = rows[experts.pool.slots[place]] if home == world.rank else None
-                batch.move(shadows[keeper][key] if holder == world.rank else None, target, holder, home)
+                batch.move(parts[keeper][key] if holder == world.rank else None, target, holder, home)
     batch.finish()
 
 
@@ -193,6 +228,9 @@ class _Batch:
 
 def _bind(trainer: Trainer, world: World) -> None:
     """Every part of the trainer talks through the new world."""
+    if trainer.world is world:
+        return
+    assert isinstance(trainer.dense, ReplicatedDense), "sharded parameters come in a fresh trainer"
     trainer.world = world
     trainer.experts.bind(world)
     trainer.dense.bind(world)

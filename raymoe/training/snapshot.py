@@ -1,4 +1,5 @@
-"""Snapshots in memory: every rank keeps one of its own state, and its buddy another of the part that nobody else has.
+"""Snapshots in memory: every rank keeps one of its own state, and its buddy another of the part that nobody else has: its experts,
+and its shards of the dense parameters if those are sharded.
 
 Two generations take turns, and the older one stays until all ranks have said that the newer one is complete. A buddy on the
 same node maps the memory, which outlives its owner; to another node the bytes are sent, behind the training's back.
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from raymoe.placement import buddies
 from raymoe.training.placing import Commits
@@ -103,8 +105,11 @@ class Snapshots:
             if shadow is not None and shadow.step == step and shadow.index().epoch == epoch:
                 self._kept = generation
 
-    def take(self, state: TrainerState) -> bool:
+    def take(self, state: TrainerState, *, is_agreed: bool = False) -> bool:
         """Takes one, at a step boundary; every rank calls it at the same steps. Sending goes on behind.
+
+        Args:
+            is_agreed: somebody has seen all ranks come out of `wait`, so the one before is everywhere.
 
         Returns:
             False: none was taken, because the one before is not yet everywhere; all ranks find the same.
@@ -116,7 +121,7 @@ class Snapshots:
             step, sharing = self._pending
             if sharing.done():
                 sharing.result()
-            if self._commits.agreed < step:
+            if not is_agreed and self._commits.agreed < step:
                 return False
             self._settle()
         started = time.perf_counter()
@@ -179,11 +184,17 @@ class Snapshots:
         experts: dict[Key, Tensor] = {
             ("expert", *place, kind): row for place, rows in state.experts().items() for kind, row in rows.items()
         }
-        private: dict[Key, Tensor] = {("dense", name): tensor for name, tensor in state.dense().items()}
+        dense = state.dense()
+        shards: dict[Key, Tensor] = {
+            ("shard", name): tensor.to_local() for name, tensor in dense.items() if isinstance(tensor, DTensor)
+        }
+        private: dict[Key, Tensor] = {
+            ("dense", name): tensor for name, tensor in dense.items() if not isinstance(tensor, DTensor)
+        }
         private |= {("own", name): tensor for name, tensor in state.own().items()}
-        world = self._world
-        layout = Layout.of(self._epoch, world.members, world.members[world.rank], common, experts, private)
-        return step, layout, experts | private
+        world, shared = self._world, experts | shards
+        layout = Layout.of(self._epoch, world.members, world.members[world.rank], common, shared, private)
+        return step, layout, shared | private
 
     def _memory(self, generation: int, num_bytes: int) -> Shadow:
         shadow = self._own[generation]
@@ -283,7 +294,7 @@ def choose_step(held: Mapping[int, Iterable[Held]]) -> FromSnapshots:
     (step, _, members), holders = max(found.items())
     lost = sorted(set(members) - holders.keys())
     raise SnapshotsLost(
-        f"nobody alive holds the experts of worker{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))}, lost with "
+        f"nobody alive holds the part of worker{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))}, lost with "
         f"{'their' if len(lost) > 1 else 'its'} buddy; the newest snapshot is of step {step}"
     )
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymoe.inference import ExpertCache
-from raymoe.inference.cache import slots_for
+from raymoe.inference.slots import slots_for
 
 LAYERS, EXPERTS, NUMEL = 3, 6, 16
 ALL = LAYERS * EXPERTS

@@ -159,6 +159,8 @@ class _Life:
     def enter(self, rendezvous: str, members, publication, source, epoch: int):
         leave_world()
         self._join(rendezvous, members)
+        if self._case.config.get("dense") == "sharded":
+            self._trainer = trainer_of(replace(self._case, owners="even"), self._path, self._world)
         enter_epoch(self._trainer, self._world, publication, source, self._snapshots)
         self._snapshots.attach(self._world, epoch, self._trainer.placing.commits)
         # at once: what the dead kept for the living is gone
@@ -181,6 +183,11 @@ class _Life:
         except RuntimeError:
             leave_world()
         return losses
+
+    def snap(self):
+        """Another one at once, wherever the steps stand."""
+        self._snapshots.take(TrainerState(self._trainer), is_agreed=True)
+        self._snapshots.wait()
 
     def held(self):
         return self._snapshots.held()

@@ -58,6 +58,26 @@ def test_three_two_three_two(policy, run_of, tmp_path):
         check(run, case, tmp_path)
 
 
+def test_sharded_dense_parameters_follow(run_of, tmp_path):
+    case = Case(config={"dense": "sharded"}, steps=STEPS)
+    with run_of(case) as run:
+        run.create(0, 1, 2)
+        run.start(0, 1, 2)
+        assert run.run(STEPS, kill=(1, 5, "backward")) == [0, 2]
+        assert run.regroup(0, 2).step == 4
+        assert run.run(7) == [0, 2]
+        run.create(3)
+        run.ask("snap")
+        assert run.regroup(0, 2, 3).step == 7
+        assert run.run(9) == [0, 2, 3]
+        run.ask("snap")
+        run.kill(0)
+        assert run.regroup(2, 3).step == 9
+        assert run.run(STEPS) == [2, 3]
+        assert sorted(run.losses) == list(range(STEPS))
+        check(run, case, tmp_path)
+
+
 def test_restored_bit_for_bit(run_of):
     case = Case(dtype=torch.bfloat16, steps=STEPS)
     with run_of(case) as run:
