@@ -115,9 +115,10 @@ def check_losses(job, run):
     assert [step.loss for step in run.steps] == pytest.approx(losses, rel=1e-7)
 
 
-def test_a_killed_worker_is_replaced_and_one_leaves_on_request(cluster, job):
+@pytest.mark.parametrize("dense", ["replicated", pytest.param("sharded", marks=pytest.mark.slow)])
+def test_a_killed_worker_is_replaced_and_one_leaves_on_request(dense, cluster, job):
     rng = random.Random(SEED)
-    with WorkerGroup(job(**ELASTIC)) as group:
+    with WorkerGroup(job(**ELASTIC, dense=dense)) as group:
         group.start()
         assert len(group.workers) == 3
         run = Run(group)
