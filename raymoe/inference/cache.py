@@ -179,8 +179,7 @@ class ExpertCache:
                 self._unused.pop(key, None)
             if hits or late:
                 self._policy.used(layer, [expert for _, expert in (*hits, *late)])
-            # a read that failed for somebody else is tried anew
-            self._demanded |= dict.fromkeys(key for key in missing if key not in self._failed)
+            self._demanded |= dict.fromkeys(missing)
             self._count(hits=len(hits), late=len(late), misses=len(missing))
             if missing and hits:
                 self._changed.notify_all()
@@ -257,6 +256,7 @@ class ExpertCache:
             self._slot[key] = slot
             self._unused[key] = 0
             self._policy.fetched(*key)
+            self._count(prefetched=1)
             return key, slot
         return None
 
@@ -274,10 +274,9 @@ class ExpertCache:
             return
         with self._changed:
             self._ready.add(key)
-            is_ahead = key in self._unused
-            if is_ahead:
+            if key in self._unused:
                 self._unused[key] = moved_bytes
-            self._count(fetched_bytes=moved_bytes, prefetched=int(is_ahead))
+            self._count(fetched_bytes=moved_bytes)
             self._changed.notify_all()
 
     # slots

@@ -1,7 +1,7 @@
 """Which resident expert gives up its slot when another one is wanted."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 Key = tuple[int, int]
@@ -14,13 +14,26 @@ class EvictionPolicy(Protocol):
     name: str
 
     def used(self, layer: int, experts: Iterable[int]) -> None:
-        """These residents are about to be computed with, or have just been fetched for it."""
+        """These experts, resident or on their way, are wanted now."""
+
+    def fetched(self, layer: int, expert: int) -> None:
+        """This one takes a slot before anybody wants it."""
+
+    def expect(self, layer: int, probability: Mapping[int, float]) -> None:
+        """Replaces what is predicted of the layer's next visit: with what probability experts will be wanted."""
 
     def dropped(self, layer: int, expert: int) -> None:
         """This expert is no longer resident."""
 
     def victim(self, layer: int, is_free: Callable[[Key], bool]) -> Key | None:
         """A resident for which `is_free` holds, to make room for an expert of `layer`; None if there is none."""
+
+    def worth(self, key: Key) -> float:
+        """What it is good for to have an expert in a slot, resident or not; only to be compared."""
+        ...
+
+    def resized(self, num_slots: int) -> None:
+        """The budget has changed."""
 
 
 class LeastRecentlyUsed:
@@ -34,9 +47,14 @@ class LeastRecentlyUsed:
     name = "lru"
 
     def __init__(self, num_layers: int, num_slots: int):
-        self._share = [num_slots // num_layers + (layer < num_slots % num_layers) for layer in range(num_layers)]
         self._tick = 0
         self._last_use: list[OrderedDict[int, int]] = [OrderedDict() for _ in range(num_layers)]
+        self._expected: list[Mapping[int, float]] = [{} for _ in range(num_layers)]
+        self.resized(num_slots)
+
+    def resized(self, num_slots: int) -> None:
+        num_layers = len(self._last_use)
+        self._share = [num_slots // num_layers + (layer < num_slots % num_layers) for layer in range(num_layers)]
 
     def used(self, layer: int, experts: Iterable[int]) -> None:
         self._tick += 1
@@ -44,6 +62,16 @@ class LeastRecentlyUsed:
         for expert in experts:
             order[expert] = self._tick
             order.move_to_end(expert)
+
+    def fetched(self, layer: int, expert: int) -> None:
+        self.used(layer, [expert])
+
+    def expect(self, layer: int, probability: Mapping[int, float]) -> None:
+        self._expected[layer] = probability
+
+    def worth(self, key: Key) -> float:
+        layer, expert = key
+        return self._expected[layer].get(expert, 0.0)
 
     def dropped(self, layer: int, expert: int) -> None:
         self._last_use[layer].pop(expert, None)

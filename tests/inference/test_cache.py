@@ -5,6 +5,7 @@ import re
 import threading
 import time
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -133,7 +134,7 @@ def test_a_failed_read_leaves_the_cache_usable():
     cache = make_cache(3, FailsOnce())
     with pytest.raises(OSError, match="disk gone"):
         use(cache, 0, [1, 2, 3])
-    assert cache.resident == 0
+    assert (0, 2) not in cache.residents()
     assert sorted(use(cache, 0, [1, 2, 3])) == [1, 2, 3]
 
 
@@ -174,7 +175,7 @@ def test_two_threads_that_want_the_same_expert_read_it_once():
 
 def test_layers_of_different_size_share_the_slots_of_the_largest():
     cache = ExpertCache(NumberedExperts(), numel=[8, 16], num_experts=[2, 2], budget="50%", dtype=torch.float32)
-    assert (cache.num_slots, cache.slot_bytes, cache.pool.shape) == (2, 64, (2, 16))
+    assert (cache.num_slots, cache.slot_bytes, cache.pool.shape) == (2, 64, (4, 16))
     for group, slots in cache.acquire(0, [0, 1]):
         for expert, slot in zip(group, slots, strict=True):
             assert (cache.pool[slot, :8] == expert).all()
@@ -205,3 +206,175 @@ def test_a_budget_below_one_expert_names_the_smallest_that_works(num_experts, ex
     smallest, share = re.search(r"works is (\d+) bytes, or ([\d.]+%)", str(error.value)).groups()
     assert slots_for(smallest, num_experts, expert_bytes) == 1
     assert slots_for(share, num_experts, expert_bytes) >= 1
+
+
+# what is read beside the computation
+
+
+@pytest.fixture
+def busy_cache():
+    caches = []
+
+    def make(slots, source=None, **options):
+        caches.append(make_cache(slots, source, readers=2, **options))
+        return caches[-1]
+
+    yield make
+    for cache in caches:
+        cache.close()
+        assert not any(thread.is_alive() for thread in cache._threads)
+
+
+def wait_for(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_hits_are_handed_out_while_misses_are_read(busy_cache):
+    source = NumberedExperts()
+    cache = busy_cache(ALL, source)
+    use(cache, 0, [1, 2])
+    source.delay_s = 0.2
+    groups = cache.acquire(0, [0, 1, 2])
+    began = time.monotonic()
+    assert next(groups)[0] == [1, 2]
+    assert time.monotonic() - began < 0.1
+    # nobody asks for the next group, and it comes all the same
+    wait_for(lambda: cache.resident == 3)
+    assert [experts for experts, _ in groups] == [[0]]
+
+
+def test_a_wish_is_there_when_it_is_wanted(busy_cache):
+    cache = busy_cache(4)
+    cache.expect(1, {3: 0.9, 4: 0.8})
+    cache.wish([(1, 3), (1, 4)])
+    wait_for(lambda: cache.resident == 2)
+    use(cache, 1, [3, 5])
+    assert (cache.total.hits, cache.total.misses, cache.total.prefetched, cache.total.wasted) == (1, 1, 2, 0)
+
+
+def test_a_wish_evicts_only_what_is_worth_less(busy_cache):
+    cache = busy_cache(2)
+    use(cache, 0, [0, 1])
+    cache.expect(0, {0: 0.9, 1: 0.2})
+    cache.expect(1, {3: 0.5, 4: 0.1})
+    cache.wish([(1, 4)])
+    time.sleep(0.05)
+    assert sorted(cache.residents()) == [(0, 0), (0, 1)]
+    cache.expect(0, {0: 0.3, 1: 0.2})
+    cache.wish([(1, 3)])
+    wait_for(lambda: (1, 3) in cache.residents())
+    assert cache.resident == 2
+
+
+def test_what_is_wanted_now_goes_first(busy_cache):
+    source = NumberedExperts(delay_s=0.02)
+    cache = busy_cache(ALL, source)
+    cache.wish([(2, expert) for expert in range(EXPERTS)])
+    wait_for(lambda: source.reads)
+    use(cache, 0, [0])
+    # two readers had begun two wishes, and this thread was free
+    assert (0, 0) in source.reads[:4]
+
+
+def test_a_withdrawn_wish_leaves_no_trace(busy_cache):
+    source = NumberedExperts(delay_s=0.05)
+    cache = busy_cache(ALL, source)
+    cache.wish([(0, expert) for expert in range(EXPERTS)])
+    wait_for(lambda: source.reads)
+    cache.wish([])
+    time.sleep(0.2)
+    assert 1 <= len(source.reads) <= 2
+    assert cache.resident == len(source.reads)
+
+
+def test_fetched_in_vain_is_counted(busy_cache):
+    cache = busy_cache(2)
+    cache.wish([(0, 0), (0, 1)])
+    wait_for(lambda: cache.resident == 2)
+    use(cache, 0, [1])
+    use(cache, 1, [0, 1])
+    assert (cache.total.prefetched, cache.total.wasted) == (2, 1)
+    assert cache.total.wasted_bytes == NUMEL * 4
+
+
+def test_the_budget_changes_while_experts_are_in_use(busy_cache):
+    cache = busy_cache(6)
+    use(cache, 0, list(range(EXPERTS)))
+    holding = cache.acquire(0, [0, 1])
+    _, slots = next(holding)
+    cache.set_budget(1 * NUMEL * 4)
+    assert cache.resident == 2
+    assert [cache.pool[slot, 0].item() for slot in slots] == [0, 1]
+    holding.close()
+    assert cache.resident == 1
+    assert sorted(use(cache, 1, [0, 1, 2])) == [0, 1, 2]
+    cache.set_budget("100%")
+    for layer in range(LAYERS):
+        use(cache, layer, list(range(EXPERTS)))
+    assert cache.resident == ALL
+
+
+def test_memory_that_the_budget_loses_is_given_back():
+    numel = 1 << 18
+    cache = ExpertCache(NumberedExperts(), numel=[numel], num_experts=[64], budget="100%", dtype=torch.float32)
+    process = psutil.Process()
+    before = process.memory_info().rss
+    use(cache, 0, list(range(64)))
+    held = process.memory_info().rss
+    assert held - before > 60 << 20
+    cache.set_budget(f"{8 * 4 * numel}")
+    assert process.memory_info().rss < held - (50 << 20)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 7])
+def test_threads_readers_wishes_and_budgets_at_once(busy_cache, slots):
+    cache = busy_cache(slots, NumberedExperts(delay_s=0.0002))
+    failures = []
+
+    def work(seed):
+        rng = random.Random(seed)
+        try:
+            for _ in range(40):
+                layer = rng.randrange(LAYERS)
+                keys = [(rng.randrange(LAYERS), rng.randrange(EXPERTS)) for _ in range(4)]
+                cache.expect(layer, {rng.randrange(EXPERTS): rng.random()})
+                cache.wish(keys)
+                if rng.random() < 0.2:
+                    cache.set_budget(rng.randrange(1, ALL) * NUMEL * 4)
+                experts = rng.sample(range(EXPERTS), rng.randrange(1, 5))
+                assert sorted(use(cache, layer, experts)) == sorted(experts)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not failures
+    total = cache.total
+    assert total.fetched_bytes % (NUMEL * 4) == 0
+    assert not cache._pins
+    assert not cache._demanded
+
+
+def test_a_wish_that_cannot_be_read_harms_nobody(busy_cache):
+    class Broken(NumberedExperts):
+        def read(self, layer, expert, out):
+            self.reads.append((layer, expert))
+            if (layer, expert) == (0, 2):
+                raise OSError("disk gone")
+            return super().read(layer, expert, out)
+
+    source = Broken()
+    cache = busy_cache(4, source)
+    cache.wish([(0, 2)])
+    wait_for(lambda: source.reads)
+    assert use(cache, 0, [1]) == [1]
+    with pytest.raises(OSError, match="disk gone"):
+        use(cache, 0, [2])
+    assert use(cache, 0, [1]) == [1]
