@@ -1,0 +1,115 @@
+"""Cache policies on recorded demands, without weights: how many experts each would have fetched, and how few anybody could.
+
+A trace is a list of steps; a step has for each layer the distinct experts that were wanted there.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from raymoe.inference.eviction import EvictionPolicy, Key
+
+Trace = Sequence[Sequence[Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class ReplayCounts:
+    """What a trace cost."""
+
+    steps: int
+    hits: int
+    misses: int
+    """Experts that had to be fetched."""
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / max(1, self.hits + self.misses)
+
+
+def replay(
+    trace: Trace,
+    policy: Callable[[int, int], EvictionPolicy],
+    slots: int,
+    predict: Callable[[int, int], dict[int, dict[int, float]]] | None = None,
+) -> ReplayCounts:
+    """Runs a trace through a policy as `ExpertCache` would on one thread: residents first, then what is missing.
+
+    Args:
+        policy: makes it from (layers, slots).
+        predict: (step, layer) -> by later layer the probability of experts at its next visit; told before the layer's demand.
+
+    Raises:
+        ValueError: fewer than one slot.
+    """
+    if slots < 1:
+        raise ValueError(f"slots must be at least 1, got {slots}")
+    rule = policy(len(trace[0]) if trace else 1, slots)
+    resident: set[Key] = set()
+    hits = misses = 0
+    for number, step in enumerate(trace):
+        for layer, wanted in enumerate(step):
+            if predict is not None:
+                for later, probability in predict(number, layer).items():
+                    rule.expect(later, probability)
+            here = [expert for expert in wanted if (layer, expert) in resident]
+            missing = [expert for expert in wanted if (layer, expert) not in resident]
+            if here:
+                rule.used(layer, here)
+            hits += len(here)
+            misses += len(missing)
+            for expert in missing:
+                if len(resident) >= slots:
+                    # what was computed with before in this layer may go as well
+                    victim = rule.victim(layer, resident.__contains__)
+                    assert victim is not None, "somebody is resident"
+                    resident.discard(victim)
+                    rule.dropped(*victim)
+                resident.add((layer, expert))
+                rule.used(layer, [expert])
+    return ReplayCounts(len(trace), hits, misses)
+
+
+def belady(trace: Trace, slots: int) -> ReplayCounts:
+    """The fewest fetches possible: evicts what is wanted again last (L. A. Belady, IBM Systems Journal 1966).
+
+    Least among all policies that fetch only what is wanted, in whatever order a layer's experts are taken: residents first, and of
+    the others that last which is wanted again first. O(n log n) in the demands.
+
+    Raises:
+        ValueError: fewer than one slot.
+    """
+    if slots < 1:
+        raise ValueError(f"slots must be at least 1, got {slots}")
+    visits = [(layer, wanted) for step in trace for layer, wanted in enumerate(step)]
+    upcoming: dict[Key, int] = {}
+    following: list[dict[int, int]] = [{} for _ in visits]
+    for time in range(len(visits) - 1, -1, -1):
+        layer, wanted = visits[time]
+        following[time] = {expert: upcoming.get((layer, expert), len(visits)) for expert in wanted}
+        upcoming |= {(layer, expert): time for expert in wanted}
+    next_use: dict[Key, int] = {}
+    furthest: list[tuple[int, Key]] = []
+    hits = misses = 0
+    for time, (layer, wanted) in enumerate(visits):
+        missing = {expert for expert in wanted if (layer, expert) not in next_use}
+        hits += len(wanted) - len(missing)
+        misses += len(missing)
+        for expert in _residents_first(wanted, missing, following[time]):
+            if expert in missing and len(next_use) >= slots:
+                _evict(next_use, furthest)
+            next_use[layer, expert] = following[time][expert]
+            heapq.heappush(furthest, (-next_use[layer, expert], (layer, expert)))
+    return ReplayCounts(len(trace), hits, misses)
+
+
+def _evict(next_use: dict[Key, int], furthest: list[tuple[int, Key]]) -> None:
+    while True:
+        time, key = heapq.heappop(furthest)
+        # entries of the past stay in the heap until they come up
+        if next_use.get(key) == -time:
+            del next_use[key]
+            return
+
+
+def _residents_first(wanted: Sequence[int], missing: set[int], following: dict[int, int]) -> list[int]:
+    return sorted(wanted, key=lambda expert: (expert in missing, -following[expert]))
