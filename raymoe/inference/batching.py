@@ -225,7 +225,9 @@ class _Sampler(ContinuousBatchingLogitsProcessor):
             return scores
         tokens = sample(scores[:num_rows], self._params, self._draws)
         if asking:
-            told = log_probabilities(scores[asking], tokens[asking], [self._params[row].logprobs or 0 for row in asking])
+            told = log_probabilities(
+                scores[asking], tokens[asking], [self._params[row].logprobs or 0 for row in asking]
+            )
             self._logprobs = {self._ids[row]: [one] for row, one in zip(asking, told, strict=True)}
         if not is_greedy:
             scores[torch.arange(num_rows, device=scores.device), tokens] = torch.inf
