@@ -23,9 +23,11 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
 
+from raymoe.inference.latent_cache import attach_latents, expanded_blocks
 from raymoe.inference.requests import SamplingParams, TokenLogprobs
 from raymoe.inference.sampling import log_probabilities, sample, uniform
 from raymoe.inference.scheduler import SCHEDULER, TokenScheduler
+from raymoe.inference.servable import is_latent
 
 PAGE_TOKENS = 32
 """Tokens a page of the KV cache holds: what a request's last page may waste."""
@@ -64,9 +66,14 @@ class Batcher:
             on_outputs: called on the generation thread after every step.
             on_death: called once, on a thread of its own, when the generation thread has ended, with the reason.
         """
+        text_config = model.config.get_text_config()
+        num_pages = ceil(kv_tokens / PAGE_TOKENS)
+        if is_latent(text_config):
+            attach_latents(model)
+            num_pages = expanded_blocks(text_config, num_pages)
         config = ContinuousBatchingConfig(
             page_size=PAGE_TOKENS,
-            num_blocks=ceil(kv_tokens / PAGE_TOKENS),
+            num_blocks=num_pages,
             max_batch_tokens=max_batch_tokens,
             max_requests_per_batch=min(max_requests, max_batch_tokens),
             scheduler_type=SCHEDULER,
@@ -107,6 +114,11 @@ class Batcher:
     def steps(self) -> int:
         """Forward passes so far."""
         return getattr(self._manager, "current_batch", 0)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV cache, over all layers."""
+        return self._kv_cache.num_sectors * self._kv_cache.bytes_per_sector
 
     def start(self) -> None:
         """Starts the generation thread and the one that watches it."""

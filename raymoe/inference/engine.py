@@ -96,6 +96,7 @@ class InferenceEngine:
             on_outputs=self._deliveries.deliver,
             on_death=self._deliveries.fail_all,
         )
+        self._facts["kv_bytes"] = self._batcher.kv_bytes
         self._batcher.start()
 
     def __enter__(self) -> "InferenceEngine":
