@@ -69,7 +69,6 @@ class Batcher:
         text_config = model.config.get_text_config()
         num_pages = ceil(kv_tokens / PAGE_TOKENS)
         if is_latent(text_config):
-            attach_latents(model)
             num_pages = expanded_blocks(text_config, num_pages)
         config = ContinuousBatchingConfig(
             page_size=PAGE_TOKENS,
@@ -95,6 +94,8 @@ class Batcher:
         self._manager.logit_processor = processors
         # makes the KV cache here, where an error reaches the caller
         self._manager.warmup()
+        if is_latent(text_config):
+            attach_latents(model)
         processor = self._manager.batch_processor
         # an unknown name would have become another scheduler, with only a warning
         assert processor is not None

@@ -1,10 +1,13 @@
 """Multi-head latent attention under continuous batching against transformers' own `generate`."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
 from raymoe.inference import InferenceEngine, SamplingParams
+from raymoe.inference.latent_cache import _is_absorbing_cheaper
 from tests.inference.conftest import generate_alone, random_prompts
 from tests.tiny_models import tiny_model
 
@@ -63,3 +66,20 @@ def test_bfloat16_generates(make_engine):
     engine = make_engine("deepseek_v2", dtype="bfloat16")
     assert [len(answer) for answer in engine.generate(random_prompts([5, 40]), greedy(4))] == [4, 4]
     assert engine._batcher._kv_cache.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("is_cheaper", [True, False])
+def test_absorbed_and_expanded_attention_give_the_same_tokens(saved_model, make_engine, monkeypatch, is_cheaper):
+    model, _ = saved_model("deepseek_v3")
+    prompts = random_prompts([70, 9, 33])
+    monkeypatch.setattr("raymoe.inference.latent_cache._is_absorbing_cheaper", lambda *_: is_cheaper)
+    engine = make_engine("deepseek_v3", max_batch_tokens=32)
+    assert engine.generate(prompts, greedy(12)) == [generate_alone(model, prompt, 12) for prompt in prompts]
+
+
+def test_absorbing_pays_for_few_new_tokens_over_many_old_ones():
+    shape = SimpleNamespace(kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128)
+    assert _is_absorbing_cheaper(shape, 1, 1000)
+    assert _is_absorbing_cheaper(shape, 16, 16_000)
+    assert not _is_absorbing_cheaper(shape, 512, 512)
+    assert not _is_absorbing_cheaper(shape, 1, 1)
