@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from typing import Any
 
 import openai
 import pytest
@@ -20,7 +21,10 @@ from raymoe.serving.routes import create_api
 PROMPT = "def double"
 
 
-class LocalEngine(Engine.func_or_class):
+Deployed: Any = Engine.func_or_class
+
+
+class LocalEngine(Deployed):
     """The deployment's own class in this process."""
 
     def __init__(self, engine: InferenceEngine):
