@@ -7,6 +7,7 @@ assumed here (transformers 5.17 to 5.23).
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from math import ceil
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
 
+from raymoe.inference.kv_budget import KvBudget
 from raymoe.inference.latent_cache import attach_latents, expanded_blocks
 from raymoe.inference.requests import SamplingParams, TokenLogprobs
 from raymoe.inference.sampling import log_probabilities, sample, uniform
@@ -87,7 +89,12 @@ class Batcher:
         generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1)
         self._manager = ContinuousBatchingManager(cast(Any, model), generation, config)
         sampler = _Sampler()
-        self._manager.output_router = _Router(lambda outputs: on_outputs(outputs, sampler.take_logprobs()))
+
+        def after_step(outputs: list[GenerationOutput]) -> None:
+            self.kv_budget.settle()
+            on_outputs(outputs, sampler.take_logprobs())
+
+        self._manager.output_router = _Router(after_step)
         processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([sampler]))
         # transformers counts only processors that it converted itself
         processors.tensors_required = 1
@@ -101,6 +108,7 @@ class Batcher:
         assert processor is not None
         assert isinstance(processor.scheduler, TokenScheduler)
         self._kv_cache = processor.cache
+        self.kv_budget = KvBudget(processor.cache, kv_tokens)
         self.shared_tokens = 0
         """Tokens that were not computed, because the KV cache had them from another request that begins alike."""
         self._count_shared(processor.cache)
@@ -116,10 +124,9 @@ class Batcher:
         """Forward passes so far."""
         return getattr(self._manager, "current_batch", 0)
 
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of the KV cache, over all layers."""
-        return self._kv_cache.num_sectors * self._kv_cache.bytes_per_sector
+    def paused(self) -> AbstractContextManager[None]:
+        """No step is computed in its body. Not for the generation thread itself."""
+        return self._manager.pause()
 
     def start(self) -> None:
         """Starts the generation thread and the one that watches it."""

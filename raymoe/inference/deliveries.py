@@ -21,6 +21,8 @@ class Request:
 
     on_delta: Callable[[Delta], None]
     stop_ids: tuple[int, ...]
+    num_tokens: int
+    """Most that it may come to, prompt and answer."""
     watch: StopWatch | None = None
     """Looks for stop strings, where there are any."""
     submitted_s: float = field(default_factory=time.monotonic)
@@ -52,6 +54,11 @@ class Deliveries:
             self._requests[request_id] = request
             self._prompt_tokens += prompt_tokens
         self._meter.submitted(prompt_tokens)
+
+    def largest(self) -> int:
+        """Most tokens, prompt and answer, that one of the requests that are not over may come to."""
+        with self._lock:
+            return max((request.num_tokens for request in self._requests.values()), default=0)
 
     def counters(self) -> dict[str, int]:
         with self._lock:

@@ -81,10 +81,11 @@ class InferenceEngine:
             "expert_bytes": self.cache.slot_bytes,
             "budget_bytes": self.cache.budget_bytes,
             "slots": self.cache.num_slots,
-            "kv_tokens": kv_tokens,
         }
         self._decode = decode
         self._ids = itertools.count()
+        # between the look at the KV cache's size and the request that relies on it, the size must not change
+        self._admitting = threading.Lock()
         self._meter = Meter(self.cache)
         self._deliveries = Deliveries(self._meter, cancel=lambda request_id: self._batcher.cancel(request_id))
         self._batcher = Batcher(
@@ -96,7 +97,6 @@ class InferenceEngine:
             on_outputs=self._deliveries.deliver,
             on_death=self._deliveries.fail_all,
         )
-        self._facts["kv_bytes"] = self._batcher.kv_bytes
         self._batcher.start()
 
     def __enter__(self) -> "InferenceEngine":
@@ -112,7 +112,7 @@ class InferenceEngine:
 
     def room(self, prompt_tokens: int) -> int:
         """Most tokens an answer to a prompt of that length may have; below 1 if the prompt itself is too long."""
-        limits = (self.max_positions, self._facts["kv_tokens"])
+        limits = (self.max_positions, self._batcher.kv_budget.tokens)
         return min(limit for limit in limits if limit is not None) - prompt_tokens
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams, on_delta: Callable[[Delta], None]) -> str:
@@ -129,10 +129,13 @@ class InferenceEngine:
             EngineError: the engine has ended.
         """
         prompt_ids = list(prompt_ids)
-        self._check_length(prompt_ids, params)
         stop_ids = self._stop_ids if params.stop_token_ids is None else params.stop_token_ids
         request_id = f"request-{next(self._ids)}"
-        self._deliveries.add(request_id, Request(on_delta, stop_ids, self._watch(prompt_ids, params)), len(prompt_ids))
+        num_tokens = len(prompt_ids) + params.max_tokens
+        request = Request(on_delta, stop_ids, num_tokens, self._watch(prompt_ids, params))
+        with self._admitting:
+            self._check_length(prompt_ids, params)
+            self._deliveries.add(request_id, request, len(prompt_ids))
         if not self._batcher.add(request_id, prompt_ids, params, stop_ids):
             self._deliveries.finish(request_id, "error", "the engine is ending and takes no more requests")
         return request_id
@@ -143,6 +146,33 @@ class InferenceEngine:
         if is_live:
             self._batcher.cancel(request_id)
         return is_live
+
+    def set_kv_tokens(self, tokens: int) -> None:
+        """Changes how many tokens the KV cache holds over all requests, while they run. Not from within an `on_delta`.
+
+        Requests that have more than is left are read again later; nobody's tokens change. On a CPU the memory goes back to the
+        system as it becomes free.
+
+        Raises:
+            ValueError: more than the engine was made with, or less than a request that is not over may come to.
+            EngineError: the engine has ended.
+        """
+        budget = self._batcher.kv_budget
+        if not 1 <= tokens <= budget.most_tokens:
+            most = budget.most_tokens
+            raise ValueError(f"kv_tokens must be from 1 to {most}, which the engine was made with, got {tokens}")
+        if not self.is_alive:
+            raise EngineError(f"the engine has ended ({self._deliveries.death}); make a new one")
+        with self._batcher.paused(), self._admitting:
+            before = budget.tokens
+            budget.set(tokens)
+            largest = self._deliveries.largest()
+            if not self._batcher.fits(largest):
+                budget.set(before)
+                raise ValueError(
+                    f"kv_tokens: {tokens} is too few for a running request that may come to {largest} tokens; "
+                    "wait for it, or cancel it"
+                )
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
@@ -187,6 +217,8 @@ class InferenceEngine:
         total = self.cache.total
         return {
             **self._facts,
+            "kv_tokens": self._batcher.kv_budget.tokens,
+            "kv_bytes": self._batcher.kv_budget.bytes,
             "is_alive": self.is_alive,
             "uptime_s": round(time.monotonic() - self._started_s, 3),
             **self._deliveries.counters(),
@@ -235,6 +267,6 @@ class InferenceEngine:
             )
         if not self._batcher.fits(wanted):
             raise ValueError(
-                f"{asked}, but the KV cache holds {self._facts['kv_tokens']} tokens; "
+                f"{asked}, but the KV cache holds {self._batcher.kv_budget.tokens} tokens; "
                 "shorten the prompt, lower max_tokens, or raise kv_tokens"
             )

@@ -36,7 +36,7 @@ def test_a_blocked_scheduler_lets_requests_in_once_nothing_runs(monkeypatch):
         (OutputRouter, ["deliver", "deliver_batch", "fail_and_deliver"]),
         (
             ContinuousBatchingManager,
-            ["add_request", "cancel_request", "is_running", "start", "stop", "destroy", "warmup"],
+            ["add_request", "cancel_request", "pause", "is_running", "start", "stop", "destroy", "warmup"],
         ),
     ],
 )
