@@ -25,6 +25,8 @@ class ServeConfig(Strict):
     """Tokens a forward pass may hold, prompts included."""
     kv_tokens: int = Field(default=16384, ge=256)
     """Tokens the paged KV cache holds, over all requests."""
+    prefix_sharing: bool = True
+    """Prompts that begin alike share pages of the KV cache, and what they share is read once."""
     max_tokens: int = Field(default=1024, ge=1)
     """Most tokens one answer may have."""
     max_prompt_tokens: int = Field(default=4096, ge=1)

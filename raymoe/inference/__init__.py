@@ -3,7 +3,7 @@
 What needs torch is loaded when it is first asked for, so that a process that only talks to an engine stays small.
 """
 
-from raymoe.inference.requests import Delta, EngineError, SamplingParams
+from raymoe.inference.requests import Delta, EngineError, SamplingParams, TokenLogprobs
 from raymoe.lazy import lazy_exports
 
 _HOMES = {
@@ -15,5 +15,5 @@ _HOMES = {
     "InferenceEngine": "engine",
 }
 
-__all__ = [*_HOMES, "Delta", "EngineError", "SamplingParams"]
+__all__ = [*_HOMES, "Delta", "EngineError", "SamplingParams", "TokenLogprobs"]
 __getattr__ = lazy_exports(__name__, _HOMES)

@@ -7,6 +7,7 @@ assumed here (transformers 5.17 to 5.23).
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from math import ceil
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
     ContinuousBatchingLogitsProcessorList,
@@ -22,14 +24,20 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
 
-from raymoe.inference.requests import SamplingParams
-from raymoe.inference.sampling import sample, uniform
+from raymoe.inference.kv_budget import KvBudget
+from raymoe.inference.latent_cache import attach_latents, expanded_blocks
+from raymoe.inference.requests import SamplingParams, TokenLogprobs
+from raymoe.inference.sampling import log_probabilities, sample, uniform
 from raymoe.inference.scheduler import SCHEDULER, TokenScheduler
+from raymoe.inference.servable import is_latent
 
 PAGE_TOKENS = 32
 """Tokens a page of the KV cache holds: what a request's last page may waste."""
 
 _WATCH_S = 0.2
+
+OnOutputs = Callable[[list[GenerationOutput], dict[str, list[TokenLogprobs]]], None]
+"""(all tokens so far of the requests that moved, this step's log-probabilities of the requests that asked)"""
 
 logger = logging.getLogger("raymoe.inference")
 # a thread that dies is reported by us, with what it means for the requests; its own report is a stack trace on stderr
@@ -46,7 +54,8 @@ class Batcher:
         max_batch_tokens: int,
         kv_tokens: int,
         max_requests: int,
-        on_outputs: Callable[[list[GenerationOutput]], None],
+        prefix_sharing: bool,
+        on_outputs: OnOutputs,
         on_death: Callable[[str], None],
     ):
         """Allocates the KV cache; nothing runs before `start`.
@@ -55,15 +64,21 @@ class Batcher:
             max_batch_tokens: tokens a forward pass may hold.
             kv_tokens: tokens the KV cache holds over all requests, rounded up to whole pages.
             max_requests: requests a forward pass may hold.
-            on_outputs: called on the generation thread after every step, with all tokens so far of the requests that moved.
+            prefix_sharing: prompts that begin alike share whole pages of the KV cache, if all layers attend to everything.
+            on_outputs: called on the generation thread after every step.
             on_death: called once, on a thread of its own, when the generation thread has ended, with the reason.
         """
+        text_config = model.config.get_text_config()
+        num_pages = ceil(kv_tokens / PAGE_TOKENS)
+        if is_latent(text_config):
+            num_pages = expanded_blocks(text_config, num_pages)
         config = ContinuousBatchingConfig(
             page_size=PAGE_TOKENS,
-            num_blocks=ceil(kv_tokens / PAGE_TOKENS),
+            num_blocks=num_pages,
             max_batch_tokens=max_batch_tokens,
             max_requests_per_batch=min(max_requests, max_batch_tokens),
             scheduler_type=SCHEDULER,
+            allow_block_sharing=prefix_sharing,
             # the host decides in every layer which experts are fetched, so a step can neither be captured nor run ahead
             use_cuda_graph=False,
             use_async_batching=False,
@@ -73,18 +88,30 @@ class Batcher:
         # -1 is how transformers spells "no end token"; every request brings its own
         generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1)
         self._manager = ContinuousBatchingManager(cast(Any, model), generation, config)
-        self._manager.output_router = _Router(on_outputs)
-        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Sampler()]))
+        sampler = _Sampler()
+
+        def after_step(outputs: list[GenerationOutput]) -> None:
+            self.kv_budget.settle()
+            on_outputs(outputs, sampler.take_logprobs())
+
+        self._manager.output_router = _Router(after_step)
+        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([sampler]))
         # transformers counts only processors that it converted itself
         processors.tensors_required = 1
         self._manager.logit_processor = processors
         # makes the KV cache here, where an error reaches the caller
         self._manager.warmup()
+        if is_latent(text_config):
+            attach_latents(model)
         processor = self._manager.batch_processor
         # an unknown name would have become another scheduler, with only a warning
         assert processor is not None
         assert isinstance(processor.scheduler, TokenScheduler)
         self._kv_cache = processor.cache
+        self.kv_budget = KvBudget(processor.cache, kv_tokens)
+        self.shared_tokens = 0
+        """Tokens that were not computed, because the KV cache had them from another request that begins alike."""
+        self._count_shared(processor.cache)
         self._on_death = on_death
         self._is_closed = threading.Event()
 
@@ -96,6 +123,10 @@ class Batcher:
     def steps(self) -> int:
         """Forward passes so far."""
         return getattr(self._manager, "current_batch", 0)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """No step is computed in its body. Not for the generation thread itself."""
+        return self._manager.pause()
 
     def start(self) -> None:
         """Starts the generation thread and the one that watches it."""
@@ -132,6 +163,16 @@ class Batcher:
         if self._manager.is_running():
             self._manager.stop(block=True, hard_stop=True)
         self._manager.destroy()
+
+    def _count_shared(self, kv_cache: PagedAttentionCache) -> None:
+        search = kv_cache.search_prefix_match
+
+        def counted(request_id: str, prompt_ids: list[int]) -> int:
+            num_shared = search(request_id, prompt_ids)
+            self.shared_tokens += num_shared
+            return num_shared
+
+        kv_cache.search_prefix_match = counted
 
     def _watch(self) -> None:
         while self._manager.is_running():
@@ -170,14 +211,22 @@ class _Sampler(ContinuousBatchingLogitsProcessor):
     ignored_kwargs = ()
 
     def __init__(self):
+        self._ids: list[str] = []
         self._params: list[SamplingParams] = []
         self._draws: list[float] = []
+        self._logprobs: dict[str, list[TokenLogprobs]] = {}
+
+    def take_logprobs(self) -> dict[str, list[TokenLogprobs]]:
+        """Of the last step's tokens, for the requests that asked."""
+        taken, self._logprobs = self._logprobs, {}
+        return taken
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
         int32_tensor.zero_()
 
     def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
         states = [future.state for future in requests_with_new_token]
+        self._ids = [state.request_id for state in states]
         self._params = [state.logit_processor_kwargs["sampling"] for state in states]
         # position_offset already counts this step's tokens: it is the position of the token to draw, also after the request
         # was taken out of a full KV cache and came back
@@ -190,8 +239,16 @@ class _Sampler(ContinuousBatchingLogitsProcessor):
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         # rows after these belong to prompts that are not read to their end yet
         num_rows = len(self._params)
-        if all(params.is_greedy for params in self._params):
+        asking = [row for row, params in enumerate(self._params) if params.logprobs is not None]
+        is_greedy = all(params.is_greedy for params in self._params)
+        if is_greedy and not asking:
             return scores
         tokens = sample(scores[:num_rows], self._params, self._draws)
-        scores[torch.arange(num_rows, device=scores.device), tokens] = torch.inf
+        if asking:
+            told = log_probabilities(
+                scores[asking], tokens[asking], [self._params[row].logprobs or 0 for row in asking]
+            )
+            self._logprobs = {self._ids[row]: [one] for row, one in zip(asking, told, strict=True)}
+        if not is_greedy:
+            scores[torch.arange(num_rows, device=scores.device), tokens] = torch.inf
         return scores

@@ -3,9 +3,11 @@
 import math
 import secrets
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+MAX_LOGPROBS = 20
 
 _MAX_SEED = (1 << 64) - 1
 
@@ -14,15 +16,28 @@ class EngineError(RuntimeError):
     """The engine cannot generate any more; every request has been told, and it must be made anew."""
 
 
+class TokenLogprobs(NamedTuple):
+    """What the model thought of one generated token: natural logarithms of its own distribution, before any temperature."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+    """(token, logprob) of the likeliest tokens, as many as were asked for, likeliest first."""
+
+
 @dataclass(frozen=True)
 class Delta:
     """What a request got since its last delta."""
 
     tokens: list[int]
-    """A stop token is the last of them."""
+    """A stop token is the last of them, and so is the token that completed a stop string."""
     finish_reason: FinishReason | None = None
     """None: more will come. Exactly one delta of a request has a reason, and it is the last."""
     error: str | None = None
+    stop_string: str | None = None
+    """The stop string that ended the request; its text is part of the tokens. None where a stop token did."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One for each of `tokens`; None if the request did not ask."""
 
 
 def _fresh_seed() -> int:
@@ -49,6 +64,10 @@ class SamplingParams:
     """The same prompt, parameters and seed give the same tokens, whatever the batch around them; any 64-bit number."""
     stop_token_ids: tuple[int, ...] | None = None
     """Generation ends with the first of these; None: the model's own end tokens, (): none."""
+    stop: tuple[str, ...] = ()
+    """Generation ends with the token that completes one of these texts; only engines that were made with `decode` take any."""
+    logprobs: int | None = None
+    """Tell the log-probability of each token, and of that many likeliest ones at its place, 0 to 20; None: of none."""
 
     def __post_init__(self):
         _check_int("max_tokens", self.max_tokens, 1, None)
@@ -58,6 +77,10 @@ class SamplingParams:
         _check_float("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0, up to 1")
         for token in self.stop_token_ids or ():
             _check_int("stop_token_ids", token, 0, None)
+        if isinstance(self.stop, str) or not all(isinstance(stop, str) and stop for stop in self.stop):
+            raise ValueError(f"stop must be a tuple of texts, none of them empty, got {self.stop!r}")
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
 
     @property
     def is_greedy(self) -> bool:

@@ -6,7 +6,7 @@ R rows of logits, one a request that gets a token; V vocabulary.
 import torch
 from torch import Tensor
 
-from raymoe.inference.requests import SamplingParams
+from raymoe.inference.requests import SamplingParams, TokenLogprobs
 
 _MASK_64 = (1 << 64) - 1
 
@@ -58,6 +58,24 @@ def sample(logits: Tensor, params: list[SamplingParams], draws: list[float]) -> 
     # right=True steps over tokens of probability zero; the clamp is for logits that are not numbers, where none is right
     tokens[rows] = torch.searchsorted(ends, target, right=True).flatten().clamp(max=logits.shape[-1] - 1)
     return tokens
+
+
+def log_probabilities(logits: Tensor, tokens: Tensor, top: list[int]) -> list[TokenLogprobs]:
+    """What the model thought of the tokens that were drawn.
+
+    Args:
+        logits: [R, V] float32, as the model gave them.
+        tokens: int64 [R].
+        top: how many of the likeliest tokens to tell, for each row.
+    """
+    logprobs = logits.log_softmax(dim=-1)
+    drawn = logprobs.gather(1, tokens[:, None]).flatten().tolist()
+    likeliest = logprobs.topk(min(max(top), logits.shape[-1]), dim=-1)
+    rows = zip(tokens.tolist(), drawn, likeliest.indices.tolist(), likeliest.values.tolist(), top, strict=True)
+    return [
+        TokenLogprobs(token, logprob, list(zip(best[:num], values[:num], strict=True)))
+        for token, logprob, best, values, num in rows
+    ]
 
 
 def _keep_likeliest(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

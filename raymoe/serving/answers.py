@@ -5,8 +5,11 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from raymoe.config import ServeConfig
-from raymoe.serving.openai_api import ApiError, ChatRequest, CompletionRequest, Usage, unavailable
-from raymoe.serving.text import StopStrings, TextStream
+from raymoe.inference.requests import TokenLogprobs
+from raymoe.inference.text import CONTEXT_TOKENS, StopStrings, TextStream, decoder
+from raymoe.serving.logprobs import Likelihood, Likelihoods
+from raymoe.serving.openai_answers import Usage
+from raymoe.serving.openai_api import ApiError, ChatRequest, CompletionRequest, unavailable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,7 +18,6 @@ _DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's, for /v1/completions without max_tokens; a chat answer may go on to the server's limit."""
 
 _LONG_PROMPT_CHARS = 20_000
-_CONTEXT_TOKENS = 8
 
 
 class Event(NamedTuple):
@@ -29,6 +31,10 @@ class Event(NamedTuple):
     """Why the request cannot be served; the client can mend it."""
     error: str | None = None
     """Why the engine failed; the client cannot mend it."""
+    stop_string: str | None = None
+    """The stop string that ended it; the last token is then text."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One for each token, if asked for."""
 
 
 class EngineClient(Protocol):
@@ -47,17 +53,27 @@ class Piece(NamedTuple):
     text: str
     finish_reason: str | None
     """Set on the last piece: stop or length."""
+    likelihoods: list[Likelihood]
+    """Of the tokens that begin in the text, if asked for."""
 
 
 class Answer:
     """One accepted request: its text, piece by piece, and what it cost. `close` it, whatever happens."""
 
     def __init__(
-        self, events: AsyncGenerator[Event, None], stream: TextStream, stops: tuple[str, ...], prompt_tokens: int
+        self,
+        events: AsyncGenerator[Event, None],
+        stream: TextStream,
+        stops: tuple[str, ...],
+        prompt_tokens: int,
+        likelihoods: Likelihoods,
     ):
         self._events = events
         self._stream = stream
         self._stops = StopStrings(stops)
+        self._likelihoods = likelihoods
+        self._num_decoded = 0
+        self._num_sent = 0
         self.usage = Usage(prompt_tokens)
 
     async def pieces(self) -> AsyncIterator[Piece]:
@@ -67,27 +83,43 @@ class Answer:
             if reason in ("error", "cancelled"):
                 raise unavailable(event.error or "the engine ended this request")
             self.usage.completion_tokens += len(event.tokens)
-            text = self._stream.push(event.tokens[:-1] if reason == "stop" else event.tokens)
+            text = self._decode(event)
             if reason is not None:
                 text += self._stream.finish()
             ready, is_stopped = self._stops.push(text)
-            if is_stopped:
-                yield Piece(ready, "stop")
-                return
-            if reason is not None:
-                yield Piece(ready + self._stops.finish(), reason)
+            if reason is not None and not is_stopped:
+                ready += self._stops.finish()
+            self._num_sent += len(ready)
+            is_whole = reason is not None and not is_stopped
+            likelihoods = self._likelihoods.release(None if is_whole else self._num_sent)
+            if is_stopped or reason is not None:
+                yield Piece(ready, "stop" if is_stopped else reason, likelihoods)
                 return
             if ready:
-                yield Piece(ready, None)
+                yield Piece(ready, None, likelihoods)
         raise unavailable("the engine ended this request without a last token")
 
-    async def whole(self) -> tuple[str, str]:
-        """(all of its text, finish reason). Raises: as `pieces`."""
-        text, reason = "", None
+    def _decode(self, event: Event) -> str:
+        is_ended_by_token = event.finish_reason == "stop" and event.stop_string is None
+        tokens = event.tokens[:-1] if is_ended_by_token else event.tokens
+        if event.logprobs is None:
+            return self._stream.push(tokens)
+        text = ""
+        for token, told in zip(tokens, event.logprobs, strict=False):
+            self._likelihoods.add(told, self._num_decoded)
+            new = self._stream.push([token])
+            self._num_decoded += len(new)
+            text += new
+        return text
+
+    async def whole(self) -> Piece:
+        """All of it in one piece. Raises: as `pieces`."""
+        text, reason, likelihoods = "", None, []
         async for piece in self.pieces():
             text, reason = text + piece.text, piece.finish_reason
+            likelihoods += piece.likelihoods
         assert reason is not None, "the last piece has a reason"
-        return text, reason
+        return Piece(text, reason, likelihoods)
 
     async def close(self) -> None:
         """Cancels the engine's request if it is not done."""
@@ -102,6 +134,7 @@ class Answering:
         self.engine = engine
         self._config = config
         self._tokenizer = tokenizer
+        self._decode = decoder(tokenizer)
 
     async def start(self, request: CompletionRequest | ChatRequest) -> Answer:
         """Checks a request and has an engine accept it. Raises: ApiError."""
@@ -120,9 +153,7 @@ class Answering:
             prompt = request.prompt
             prompt_ids = await self._encode(prompt) if isinstance(prompt, str) else prompt
         self._check_limits(len(prompt_ids), asked_tokens)
-        # a stop string must be seen when it comes
-        in_steps = bool(request.stream or request.stop)
-        events = self.engine.generate(prompt_ids, request.sampling(asked_tokens), in_steps)
+        events = self.engine.generate(prompt_ids, request.sampling(asked_tokens), bool(request.stream))
         try:
             first = await anext(events)
             if first.refusal is not None:
@@ -132,8 +163,8 @@ class Answering:
         except BaseException:
             await events.aclose()
             raise
-        stream = TextStream(self._decode, context=prompt_ids[-_CONTEXT_TOKENS:])
-        return Answer(events, stream, request.stop, len(prompt_ids))
+        stream = TextStream(self._decode, context=prompt_ids[-CONTEXT_TOKENS:])
+        return Answer(events, stream, request.stop, len(prompt_ids), Likelihoods(self._tokenizer))
 
     def _check_limits(self, prompt_tokens: int, asked_tokens: int | None) -> None:
         limits = self._config
@@ -171,6 +202,3 @@ class Answering:
             return self._tokenizer(text, add_special_tokens=not is_chat)["input_ids"]
 
         return await asyncio.to_thread(encode) if len(text) > _LONG_PROMPT_CHARS else encode()
-
-    def _decode(self, tokens: list[int]) -> str:
-        return cast(str, self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -9,7 +9,8 @@ from ray import serve
 
 from raymoe import env
 from raymoe.config import ServeConfig
-from raymoe.inference import Delta, EngineError, SamplingParams
+from raymoe.inference import Delta, EngineError, SamplingParams, TokenLogprobs
+from raymoe.inference.text import decoder
 from raymoe.serving.answers import Event
 
 
@@ -20,6 +21,7 @@ class Engine:
     def __init__(self, config: ServeConfig):
         # not at the top: whoever builds the application (`serve run`) must not wait for torch
         import torch
+        from transformers import AutoTokenizer
 
         from raymoe.actors.metrics import export_metrics
         from raymoe.inference import InferenceEngine
@@ -36,6 +38,8 @@ class Engine:
             max_batch_tokens=config.max_batch_tokens,
             kv_tokens=config.kv_tokens,
             max_requests=config.max_ongoing_requests,
+            prefix_sharing=config.prefix_sharing,
+            decode=decoder(AutoTokenizer.from_pretrained(config.model, local_files_only=True)),
         )
 
     async def generate(
@@ -67,14 +71,17 @@ class Engine:
         try:
             yield Event([])
             tokens: list[int] = []
+            logprobs: list[TokenLogprobs] = []
             while True:
                 delta = await inbox.get()
                 tokens += delta.tokens
+                logprobs += delta.logprobs or []
                 is_last = delta.finish_reason is not None
                 # a consumer that is slower than the steps gets several at once
                 if is_last or (in_steps and inbox.empty()):
-                    yield Event(tokens, delta.finish_reason, error=delta.error)
-                    tokens = []
+                    told = None if params.get("logprobs") is None else logprobs
+                    yield Event(tokens, delta.finish_reason, None, delta.error, delta.stop_string, told)
+                    tokens, logprobs = [], []
                 if is_last:
                     return
         finally:

@@ -1,14 +1,14 @@
-"""OpenAI's wire format: the requests we take, the errors and answers we give. Plain data, no server.
+"""OpenAI's wire format: the requests we take and the errors we give. Plain data, no server.
 
 Strict at the door: an unknown argument, a wrong type, or one that we do not support yet is an error, never ignored.
 """
 
 import json
-import time
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+
+from raymoe.inference.requests import MAX_LOGPROBS
 
 _MAX_STOPS = 4
 
@@ -115,6 +115,11 @@ class _Request(_Part):
         return self
 
     @property
+    def num_logprobs(self) -> int | None:
+        """Of how many of the likeliest tokens to tell the log-probability, beside the drawn one's; None: of none."""
+        raise NotImplementedError
+
+    @property
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -125,6 +130,8 @@ class _Request(_Part):
             "top_p": self.top_p,
             "top_k": self.top_k,
             "seed": self.seed,
+            "stop": self.stop or None,
+            "logprobs": self.num_logprobs,
         }
         return {"max_tokens": max_tokens, **{name: value for name, value in asked.items() if value is not None}}
 
@@ -135,12 +142,17 @@ class CompletionRequest(_Request):
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = _Request.neutral | {
         "echo": (False,),
         "best_of": (1,),
-        "logprobs": (),
         "suffix": ("",),
     }
 
     prompt: Annotated[str | list[int], PlainValidator(_prompt)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """How many of the likeliest tokens to tell at each place, beside the one that was drawn."""
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 class Message(_Part):
@@ -154,8 +166,6 @@ class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = _Request.neutral | {
-        "logprobs": (False,),
-        "top_logprobs": (0,),
         "tools": ([],),
         "tool_choice": ("none", "auto"),
         "parallel_tool_calls": (True, False),
@@ -172,6 +182,18 @@ class ChatRequest(_Request):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _logprobs_first(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError("'top_logprobs' is only allowed when 'logprobs' is true", param="top_logprobs")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatRequest":
@@ -232,69 +254,3 @@ def _describe(error: ValidationError) -> ApiError:
 def _path(loc: tuple[int | str, ...]) -> str:
     """`messages[0].content`"""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
-
-
-@dataclass
-class Usage:
-    prompt_tokens: int
-    completion_tokens: int = 0
-
-    def as_json(self) -> dict[str, int]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-        }
-
-
-class CompletionAnswer:
-    """Builds the bodies of one answer of /v1/completions."""
-
-    prefix = "cmpl"
-    whole_object = "text_completion"
-    chunk_object = "text_completion"
-
-    def __init__(self, request_id: str, model: str):
-        self._head = {"id": f"{self.prefix}-{request_id}", "created": int(time.time()), "model": model}
-
-    def opening(self) -> dict[str, Any] | None:
-        """The chunk before the first text, if the endpoint has one."""
-        return None
-
-    def whole(self, text: str, finish_reason: str, usage: Usage) -> dict[str, Any]:
-        choice = {"index": 0, **self._text(text), "logprobs": None, "finish_reason": finish_reason}
-        return {**self._head, "object": self.whole_object, "choices": [choice], "usage": usage.as_json()}
-
-    def chunk(self, text: str, finish_reason: str | None) -> dict[str, Any]:
-        return self._chunk(self._delta(text), finish_reason)
-
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        """The last chunk, for those who asked with stream_options.include_usage."""
-        return {**self._head, "object": self.chunk_object, "choices": [], "usage": usage.as_json()}
-
-    def _chunk(self, content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
-        return {**self._head, "object": self.chunk_object, "choices": [choice]}
-
-    def _text(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    def _delta(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-
-class ChatAnswer(CompletionAnswer):
-    """Builds the bodies of one answer of /v1/chat/completions."""
-
-    prefix = "chatcmpl"
-    whole_object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-
-    def opening(self) -> dict[str, Any]:
-        return self._chunk({"delta": {"role": "assistant", "content": ""}}, None)
-
-    def _text(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
-
-    def _delta(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}}

@@ -11,14 +11,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from raymoe.serving.answers import Answer, Answering
-from raymoe.serving.openai_api import (
-    ApiError,
-    ChatAnswer,
-    ChatRequest,
-    CompletionAnswer,
-    CompletionRequest,
-    parse_request,
-)
+from raymoe.serving.openai_answers import ChatAnswer, CompletionAnswer
+from raymoe.serving.openai_api import ApiError, ChatRequest, CompletionRequest, parse_request
 
 MAX_BODY_BYTES = 8 << 20
 
@@ -83,10 +77,11 @@ async def _respond(
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
     try:
-        text, finish_reason = await answer.whole()
+        piece = await answer.whole()
     finally:
         await answer.close()
-    return JSONResponse(form.whole(text, finish_reason, answer.usage))
+    likelihoods = None if asked.num_logprobs is None else piece.likelihoods
+    return JSONResponse(form.whole(piece.text, piece.finish_reason, answer.usage, likelihoods))
 
 
 async def _stream(answer: Answer, form: CompletionAnswer, wants_usage: bool) -> AsyncIterator[str]:
@@ -95,8 +90,8 @@ async def _stream(answer: Answer, form: CompletionAnswer, wants_usage: bool) -> 
         if opening is not None:
             yield _event(opening)
         async for piece in answer.pieces():
-            if piece.text:
-                yield _event(form.chunk(piece.text, None))
+            if piece.text or piece.likelihoods:
+                yield _event(form.chunk(piece.text, None, piece.likelihoods))
             if piece.finish_reason is not None:
                 yield _event(form.chunk("", piece.finish_reason))
         if wants_usage:

@@ -3,10 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from raymoe.inference import InferenceEngine
 from tests.tiny_models import tiny_model
+from tests.tiny_tokenizer import tiny_tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,6 +31,11 @@ def saved_model(tmp_path_factory):
         return made[family]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
 
 
 @pytest.fixture

@@ -4,11 +4,16 @@ import inspect
 
 import pytest
 from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.cache import ATTN_TYPE_TO_ALLOCATOR, PagedAttentionCache
+from transformers.generation.continuous_batching.cache_allocators import FULL_ATTENTION
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, Scheduler
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
+from raymoe.inference.latent_cache import _FullAttention
 from raymoe.inference.scheduler import TokenScheduler
 
 
@@ -31,7 +36,7 @@ def test_a_blocked_scheduler_lets_requests_in_once_nothing_runs(monkeypatch):
         (OutputRouter, ["deliver", "deliver_batch", "fail_and_deliver"]),
         (
             ContinuousBatchingManager,
-            ["add_request", "cancel_request", "is_running", "start", "stop", "destroy", "warmup"],
+            ["add_request", "cancel_request", "pause", "is_running", "start", "stop", "destroy", "warmup"],
         ),
     ],
 )
@@ -44,6 +49,23 @@ def test_the_manager_reads_router_and_processor_when_the_loop_starts():
     source = inspect.getsource(ContinuousBatchingManager._create_batch_processor)
     assert "self.output_router" in source
     assert "self.logit_processor" in source
+
+
+def test_the_cache_asks_for_allocators_by_keyword_and_the_scheduler_for_prefixes():
+    """Ours is put in by name of the attention, and counts what `search_prefix_match` finds."""
+    assert ATTN_TYPE_TO_ALLOCATOR[FULL_ATTENTION] is _FullAttention
+    assert (
+        "ATTN_TYPE_TO_ALLOCATOR[attn_type](index=index, layer_indices=layer_indices, **ca_kwargs)"
+        in inspect.getsource(PagedAttentionCache.__init__)
+    )
+    assert "self.cache.search_prefix_match(" in inspect.getsource(Scheduler._infer_request_tokens)
+
+
+@pytest.mark.parametrize("attention", [DeepseekV2Attention, DeepseekV3Attention])
+def test_latents_are_offered_before_they_are_expanded(attention):
+    source = inspect.getsource(attention.forward)
+    assert source.index("past_key_values.update(") < source.index("self.expand_kv(")
+    assert "**kwargs" in source[source.index("attention_interface(") :]
 
 
 def test_processors_get_the_states_and_one_row_of_arguments():

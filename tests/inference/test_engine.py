@@ -51,12 +51,6 @@ def test_a_budget_below_one_expert_is_refused(saved_model):
         InferenceEngine(saved_model("olmoe")[1], expert_memory="1%")
 
 
-@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
-def test_latent_attention_is_refused_by_name(saved_model, family):
-    with pytest.raises(ValueError, match=rf"'{family}' uses multi-head latent attention"):
-        InferenceEngine(saved_model(family)[1])
-
-
 def test_encoder_decoders_are_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "switch_transformers", "is_encoder_decoder": true}')
     with pytest.raises(ValueError, match="'switch_transformers' is an encoder-decoder"):
@@ -283,6 +277,9 @@ def test_stats_add_up(make_engine):
     engine.generate(random_prompts([10, 20]), greedy(6))
     stats = engine.stats()
     assert stats["prompt_tokens"] == 30
+    assert stats["shared_tokens"] == 0
+    # two layers of keys and values, two heads of 8 elements
+    assert stats["kv_bytes"] == stats["kv_tokens"] * 2 * 2 * 2 * 8 * 4
     assert stats["generated_tokens"] == 12
     assert stats["requests_length"] == 2
     assert stats["budget_bytes"] == stats["slots"] * stats["expert_bytes"] == 8 * 6144

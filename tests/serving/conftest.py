@@ -3,16 +3,13 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from raymoe.training.tokenizer import train_tokenizer
 from tests.tiny_models import tiny_model
-
-TEXTS = ["def double(x):\n    return x + x\n", "Gr\u00fc\u00dfe, \u4f60\u597d, caf\u00e9 \U0001f389.\n"] * 20
+from tests.tiny_tokenizer import tiny_tokenizer
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level, small enough that most characters beyond ASCII take several tokens."""
-    return train_tokenizer(TEXTS, 280)
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -2,15 +2,8 @@ import json
 
 import pytest
 
-from raymoe.serving.openai_api import (
-    ApiError,
-    ChatAnswer,
-    ChatRequest,
-    CompletionAnswer,
-    CompletionRequest,
-    Usage,
-    parse_request,
-)
+from raymoe.serving.openai_answers import ChatAnswer, CompletionAnswer, Usage
+from raymoe.serving.openai_api import ApiError, ChatRequest, CompletionRequest, parse_request
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -51,6 +44,13 @@ def test_what_is_left_out_is_left_to_the_engine():
     }
 
 
+def test_stop_strings_and_log_probabilities_go_to_the_engine():
+    assert completion(stop=["a", "b"], logprobs=0).sampling(9) == {"max_tokens": 9, "stop": ("a", "b"), "logprobs": 0}
+    assert chat(logprobs=True).sampling(9) == {"max_tokens": 9, "logprobs": 0}
+    assert chat(logprobs=True, top_logprobs=5).sampling(9) == {"max_tokens": 9, "logprobs": 5}
+    assert chat(logprobs=False, top_logprobs=0).sampling(9) == {"max_tokens": 9}
+
+
 def test_arguments_that_ask_for_nothing_are_taken():
     completion(
         n=1, best_of=1, echo=False, logprobs=None, presence_penalty=0, frequency_penalty=0.0, logit_bias={}, user="u"
@@ -81,7 +81,8 @@ def test_arguments_that_ask_for_nothing_are_taken():
         ({"prompt": ["a", "b"]}, "prompt", "one prompt a request, got 2"),
         ({"model": 3}, "model", "valid string"),
         ({"echo": True}, "echo", "not supported by raymoe yet"),
-        ({"logprobs": 3}, "logprobs", "not supported by raymoe yet"),
+        ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
+        ({"logprobs": True}, "logprobs", "valid integer"),
         ({"suffix": "x"}, "suffix", "not supported by raymoe yet"),
         ({"logit_bias": {"1": 2}}, "logit_bias", "not supported by raymoe yet"),
     ],
@@ -104,6 +105,9 @@ def test_bad_completion_arguments_are_named(arguments, param, message):
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "'image_url'"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "give a text"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "differ"),
+        ({"logprobs": 3}, "logprobs", "valid boolean"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+        ({"top_logprobs": 2}, "top_logprobs", "only allowed when 'logprobs' is true"),
         ({"tools": [{"type": "function"}]}, "tools", "not supported by raymoe yet"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported by raymoe yet"),
     ],

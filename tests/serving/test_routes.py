@@ -93,7 +93,7 @@ def test_a_completion(client, engine, tokenizer):
     assert engine.is_closed
 
 
-@pytest.mark.parametrize(("arguments", "in_steps"), [({}, False), ({"stream": True}, True), ({"stop": "x"}, True)])
+@pytest.mark.parametrize(("arguments", "in_steps"), [({}, False), ({"stream": True}, True), ({"stop": "x"}, False)])
 def test_the_engine_tells_every_token_only_where_it_matters(client, engine, arguments, in_steps):
     complete(client, **arguments)
     assert engine.in_steps is in_steps
@@ -170,6 +170,19 @@ def test_a_stop_string_ends_the_request(client, engine, stream):
         choice = response.json()["choices"][0]
         assert (choice["text"], choice["finish_reason"]) == ("one two ", "stop")
     assert engine.is_closed
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_token_that_completes_a_stop_string_is_cut_within(client, engine, tokenizer, stream):
+    """The engine ends with the token; what that token says before the stop string is still the answer's."""
+    tokens = tokenizer("caf\u00e9 x")["input_ids"]
+    engine.events = [Event([]), *(Event([token]) for token in tokens[:-1])]
+    engine.events.append(Event(tokens[-1:], "stop", stop_string="x"))
+    assert tokenizer.decode(tokens[-1:]) == " x"
+    response = complete(client, stop="x", stream=stream)
+    found = chunks(response) if stream else [response.json()]
+    assert "".join(part["choices"][0]["text"] for part in found) == "caf\u00e9 "
+    assert found[-1]["choices"][0]["finish_reason"] == "stop"
 
 
 def test_a_stop_string_that_only_begins_is_text(client, engine):

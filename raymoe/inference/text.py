@@ -1,9 +1,25 @@
 """From a growing list of tokens to text that can be sent: whole characters only, and nothing of a stop string."""
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONTEXT_TOKENS = 8
+"""Tokens of the prompt that a `TextStream` needs to know how the first new one decodes."""
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What a decoder writes for bytes that are no character (yet)."""
+
+
+def decoder(tokenizer: "PreTrainedTokenizerBase") -> Callable[[list[int]], str]:
+    """Tokens to the text that a client sees: without special tokens, and otherwise as they are."""
+
+    def decode(tokens: list[int]) -> str:
+        return cast(str, tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    return decode
 
 
 class TextStream:
@@ -44,18 +60,25 @@ class TextStream:
 
 
 class StopStrings:
-    """Cuts a stream of text before the first stop string, and holds back what may be the beginning of one."""
+    """Cuts a stream of text before the first stop string, and holds back what may be the beginning of one.
+
+    The first is the one that is complete first (of several that end together the longest), so how the text is cut into pieces
+    makes no difference.
+    """
 
     def __init__(self, stops: Sequence[str]):
         self._stops = tuple(stops)
         self._held = ""
+        self.found: str | None = None
+        """The stop string that was found."""
 
     def push(self, text: str) -> tuple[str, bool]:
         """(text that is safe to send, whether a stop string was found: nothing is sent after that)."""
         self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            return self._held[: min(found)], True
+            _, at, self.found = min(found)
+            return self._held[:at], True
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
         at = len(self._held) - keep
         ready, self._held = self._held[:at], self._held[at:]
@@ -70,3 +93,23 @@ class StopStrings:
         """Length of the longest end of the held text that begins `stop`."""
         longest = min(len(stop) - 1, len(self._held))
         return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+
+
+class StopWatch:
+    """Finds the token that completes a stop string."""
+
+    def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str], context: Sequence[int] = ()):
+        """`context`: see `TextStream`."""
+        self._stream = TextStream(decode, context[-CONTEXT_TOKENS:])
+        self._strings = StopStrings(stops)
+
+    @property
+    def found(self) -> str | None:
+        return self._strings.found
+
+    def take(self, tokens: Sequence[int]) -> int | None:
+        """How many of these next tokens there are up to the one that completes a stop string; None if none does."""
+        for num_taken, token in enumerate(tokens, start=1):
+            if self._strings.push(self._stream.push([token]))[1]:
+                return num_taken
+        return None

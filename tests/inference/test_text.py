@@ -4,15 +4,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from raymoe.serving.text import StopStrings, TextStream
+from raymoe.inference.text import StopStrings, StopWatch, TextStream, decoder
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 RARE = "\u9b31"
 """Three bytes, three tokens."""
-
-
-def decoder(tokenizer):
-    return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def stream(tokenizer, tokens, sizes=(1,)) -> list[str]:
@@ -110,6 +106,11 @@ def test_the_first_stop_string_in_the_text_wins():
     assert feed(["yz", "b"], ["abyz"]) == (["a"], True)
 
 
+def test_of_stop_strings_that_end_together_the_longest_is_cut():
+    strings = StopStrings(["b", "ab", "xab"])
+    assert (strings.push("cabz"), strings.found) == (("c", True), "ab")
+
+
 @given(
     text=st.text("abc", max_size=30), stops=st.lists(st.text("abc", min_size=1, max_size=3), max_size=4), cuts=st.data()
 )
@@ -117,12 +118,16 @@ def test_pieces_make_no_difference(text, stops, cuts):
     at = sorted(cuts.draw(st.lists(st.integers(0, len(text)), max_size=5)))
     parts = [text[a:b] for a, b in zip([0, *at], [*at, len(text)], strict=True)]
     sent, is_stopped = feed(stops, parts)
-    found = [text.find(stop) for stop in stops if stop in text]
-    # one piece sees all stop strings at once; in pieces the one that is complete first is found first
-    assert is_stopped == bool(found)
-    if not found:
-        assert "".join(sent) == text
-    elif len(stops) == 1:
-        assert "".join(sent) == text[: min(found)]
-    else:
-        assert text.startswith("".join(sent))
+    ends = [(end, -len(stop)) for stop in stops for end in range(len(text) + 1) if text[:end].endswith(stop)]
+    assert is_stopped == bool(ends)
+    assert "".join(sent) == (text[: sum(min(ends))] if ends else text)
+
+
+@given(text=st.text("ab\u00fc\u9b31", max_size=12), stop=st.text("ab\u00fc\u9b31", min_size=1, max_size=3))
+def test_the_watch_ends_at_the_token_that_completes_the_stop_string(tokenizer, text, stop):
+    tokens = tokenizer(text)["input_ids"]
+    decode = decoder(tokenizer)
+    first = next((n for n in range(1, len(tokens) + 1) if stop in decode(tokens[:n])), None)
+    watch = StopWatch(decode, [stop, "zzz"])
+    assert watch.take(tokens) == first
+    assert watch.found == (stop if first else None)

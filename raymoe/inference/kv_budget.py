@@ -1,0 +1,71 @@
+"""How much of the paged KV cache may be used, changed while it is in use."""
+
+import ctypes
+import mmap
+import sys
+from math import ceil
+
+import torch
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+
+class KvBudget:
+    """Withholds sectors, the units that transformers' cache hands out, from those that requests may have.
+
+    The cache is one tensor and keeps its addresses: it cannot grow over what it was made with. On a CPU (Linux) the memory of
+    withheld sectors goes back to the system; on a GPU it stays with the tensor. Not safe to use while a step is computed.
+    """
+
+    def __init__(self, cache: PagedAttentionCache, kv_tokens: int):
+        """`kv_tokens`: how many tokens the cache was made for, over all requests."""
+        self.most_tokens = kv_tokens
+        self.tokens = kv_tokens
+        """What requests may have, or will, when those that have more are done or taken out."""
+        self._cache = cache
+        self._most = cache.num_sectors
+        self._withheld: list[int] = []
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that requests may have now, over all layers."""
+        return (self._most - len(self._withheld)) * self._cache.bytes_per_sector
+
+    def set(self, tokens: int) -> None:
+        """From now on requests may have that many tokens together; `settle` makes it true as they end."""
+        assert 0 < tokens <= self.most_tokens
+        self.tokens = tokens
+        pool = self._cache.pool
+        while len(self._withheld) > self._target:
+            pool.free_sectors.append(self._withheld.pop())
+        self.settle()
+
+    def settle(self) -> None:
+        """Takes what is free by now of what is still to be withheld. Cheap when there is nothing to do."""
+        missing = self._target - len(self._withheld)
+        # what is asked of it is what fits and how full it is
+        self._cache.num_sectors = self._most - self._target
+        if not missing:
+            return
+        pool = self._cache.pool
+        pool.try_to_free_sectors()
+        if pool.num_free_sectors < missing and self._cache.evict_cached_blocks():
+            pool.try_to_free_sectors()
+        taken = [pool.free_sectors.pop() for _ in range(min(missing, pool.num_free_sectors))]
+        self._withheld += taken
+        if self._cache.cache_tensor.device.type == "cpu" and sys.platform == "linux":
+            _give_back(self._cache.cache_tensor, taken, self._cache.bytes_per_sector)
+
+    @property
+    def _target(self) -> int:
+        return self._most - ceil(self._most * self.tokens / self.most_tokens)
+
+
+def _give_back(memory: torch.Tensor, sectors: list[int], bytes_per_sector: int) -> None:
+    """Drops the whole pages of these sectors; they read as zeros when they are touched again."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for sector in sectors:
+        start = memory.data_ptr() + sector * bytes_per_sector
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        num_bytes = (start + bytes_per_sector) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if num_bytes > 0 and libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(num_bytes), mmap.MADV_DONTNEED):
+            raise OSError(ctypes.get_errno(), "madvise on the KV cache failed")
