@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 class BatchJudge:
-    """Starts on probation; on while windows show a gain; two windows in a row without one: off for a while, twice as long each time.
+    """Starts on probation; on while windows show a gain; off after two without one, for twice as long each time.
 
     The cost of a step is the experts it uses that a ghost cache, the least recently used per layer with as many slots as the
     real one, does not hold. Ids only: no weights are touched.

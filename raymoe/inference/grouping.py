@@ -153,10 +153,14 @@ def _pack(paths: NDArray, residents: NDArray | None, expert_bytes: ArrayLike) ->
         raise ValueError(f"paths must be [requests, layers, experts], got shape {paths.shape}")
     num_requests, num_layers, num_experts = paths.shape
     if residents is not None and residents.shape != (num_layers, num_experts):
-        raise ValueError(f"residents must be {(num_layers, num_experts)}, [layers, experts], got shape {residents.shape}")
+        raise ValueError(
+            f"residents must be {(num_layers, num_experts)}, [layers, experts], got shape {residents.shape}"
+        )
     each = np.asarray(expert_bytes, dtype=np.float64)
     if each.shape not in ((), (num_layers,)):
-        raise ValueError(f"expert_bytes must be one number or one for each of {num_layers} layers, got shape {each.shape}")
+        raise ValueError(
+            f"expert_bytes must be one number or one for each of {num_layers} layers, got shape {each.shape}"
+        )
     num_words = -(-num_experts // 64)
     octets = np.zeros((num_requests, num_layers, num_words * 8), dtype=np.uint8)
     octets[..., : -(-num_experts // 8)] = np.packbits(paths.astype(bool, copy=False), axis=-1)
@@ -187,9 +191,7 @@ def _cost(groups: Groups, words: NDArray, weight: NDArray) -> float:
     return float(_bytes(np.array(unions), weight).sum()) if unions else 0.0
 
 
-def _unless_arrival_is_as_good(
-    groups: Groups, size: int, words: NDArray, weight: NDArray, margin: float
-) -> Groups:
+def _unless_arrival_is_as_good(groups: Groups, size: int, words: NDArray, weight: NDArray, margin: float) -> Groups:
     plain = arrival(len(words), size)
     before = _cost(plain, words, weight)
     return groups if _cost(groups, words, weight) < before * (1.0 - margin) else plain

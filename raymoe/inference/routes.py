@@ -66,7 +66,9 @@ class LastPaths:
             ValueError: more ids than rows.
         """
         if len(request_ids_of_rows) > len(expert_index):
-            raise ValueError(f"expert_index has {len(expert_index)} rows, but {len(request_ids_of_rows)} rows have a request")
+            raise ValueError(
+                f"expert_index has {len(expert_index)} rows, but {len(request_ids_of_rows)} rows have a request"
+            )
         if self._rows is None or self._rows[0] is not request_ids_of_rows:
             last = {request_id: row for row, request_id in enumerate(request_ids_of_rows)}
             slots = np.array([self._claim(request_id) for request_id in last], dtype=np.intp)

@@ -90,7 +90,9 @@ class TokenScheduler(FIFOScheduler):
         self._compared: list[str] = []
         self._judge = _judge_of(self._options)
 
-    def group_by(self, routes: Routes | None, options: GroupingOptions | None = None, *, expert_bytes: ArrayLike = 1) -> None:
+    def group_by(
+        self, routes: Routes | None, options: GroupingOptions | None = None, *, expert_bytes: ArrayLike = 1
+    ) -> None:
         """Forms batches by routes from now on; before the first request, as transformers constructs the scheduler.
 
         Args:
@@ -130,9 +132,7 @@ class TokenScheduler(FIFOScheduler):
     ) -> tuple[list[FutureRequestState], bool, bool, int, int]:
         self._learn()
         arranged = self._arrange(candidates)
-        outcome = super()._process_candidates(
-            arranged, token_budget, cache_budget, request_ids_to_remove_from_waiting
-        )
+        outcome = super()._process_candidates(arranged, token_budget, cache_budget, request_ids_to_remove_from_waiting)
         self._note([state for state in candidates if state.status == RequestStatus.DECODING], outcome[0])
         return outcome
 
@@ -167,7 +167,7 @@ class TokenScheduler(FIFOScheduler):
         prefer: Prefer = first_come
         if is_grouping and len(decoding) > size:
             # a prompt uses nearly all experts: the best step for those who suit no other batch
-            prefer = _by_wait(waited) if entering else self._by_routes(decoding)
+            prefer = _by_wait(waited) if entering else self._by_routes(decoding, waited)
         chosen = must_run(waited, size, self._options.max_wait_steps, prefer)
         reading: list[RequestState] = []
         for priority in priorities:
@@ -219,13 +219,13 @@ class TokenScheduler(FIFOScheduler):
             for allocator in self.cache.cache_allocators.values()
         )
 
-    def _by_routes(self, decoding: list[RequestState]) -> Prefer:
+    def _by_routes(self, decoding: list[RequestState], waited: Sequence[int]) -> Prefer:
         assert self._routes is not None
         paths = self._routes.paths([state.request_id for state in decoding])
         if not paths.any():
             return first_come
         self._is_chosen = True
-        return _ByRoutes(paths, self._routes.residents(), self._options, self._expert_bytes).prefer
+        return _ByRoutes(paths, self._routes.residents(), waited, self._options, self._expert_bytes).prefer
 
     def _note(self, decoding: list[RequestState], scheduled: list[FutureRequestState]) -> None:
         if not scheduled:
@@ -254,44 +254,63 @@ class TokenScheduler(FIFOScheduler):
         return seat.number if seat is not None else float("inf")
 
 
+def _longest_wait_first(candidates: Sequence[int], chosen: list[int], waited: Sequence[int]) -> list[int]:
+    return sorted(set(candidates) - set(chosen), key=lambda i: (-waited[i], i))
+
+
 def _by_wait(waited: Sequence[int]) -> Prefer:
     def prefer(candidates: Sequence[int], chosen: list[int], size: int) -> list[int]:
-        rest = sorted(set(candidates) - set(chosen), key=lambda i: (-waited[i], i))
-        return chosen + rest[: max(size - len(chosen), 0)]
+        return chosen + _longest_wait_first(candidates, chosen, waited)[: max(size - len(chosen), 0)]
 
     return prefer
 
 
 class _ByRoutes:
-    """The `Prefer` of routes: what the chosen want anyway is free, and so is what is resident."""
+    """The `Prefer` of routes: what the chosen want anyway is free, and so is what is resident.
 
-    def __init__(self, paths: Paths, residents: np.ndarray, options: GroupingOptions, expert_bytes: ArrayLike):
+    A batch stays with those who want what is resident until someone has waited half as long as allowed, and then gathers
+    round that request: deadlines that come one by one would tear groups apart.
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        residents: np.ndarray,
+        waited: Sequence[int],
+        options: GroupingOptions,
+        expert_bytes: ArrayLike,
+    ):
         self._paths = paths
         self._residents = residents
+        self._waited = waited
         self._options = options
         self._expert_bytes = expert_bytes
 
     def prefer(self, candidates: Sequence[int], chosen: list[int], size: int) -> list[int]:
         plain = first_come(candidates, chosen, size)
-        rest = sorted(set(candidates) - set(chosen))
+        rest = _longest_wait_first(candidates, chosen, self._waited)
         if len(chosen) + len(rest) <= size or len(chosen) >= size:
             return plain
-        found = self._search(chosen, rest, size)
+        is_urgent = not chosen and 2 * self._waited[rest[0]] >= self._options.max_wait_steps
+        found = self._search(chosen, rest, size, is_urgent)
         before, after = self._cost(plain), self._cost(found)
         return found if after < before * (1.0 - self._options.margin) else plain
 
-    def _search(self, chosen: list[int], rest: list[int], size: int) -> list[int]:
+    def _search(self, chosen: list[int], rest: list[int], size: int, is_urgent: bool) -> list[int]:
         if self._options.method == "kmedoids":
             known = self._residents | self._paths[chosen].any(axis=0)
             num_places = size - len(chosen)
             groups = kmedoids(self._paths[rest], num_places, residents=known, expert_bytes=self._expert_bytes)
             full = [chosen + [rest[i] for i in group] for group in groups if len(group) == num_places]
-            return min(full, key=self._cost)
+            # of equals the first, and that is the one with the longest wait
+            full.sort(key=lambda group: rest.index(group[len(chosen)]))
+            urgent = [group for group in full if rest[0] in group] if is_urgent else []
+            return min(urgent or full, key=self._cost)
         index = np.array(chosen + rest)
         order = pick(
             self._paths[index],
             size,
-            fixed=range(len(chosen)),
+            fixed=range(len(chosen) + is_urgent),
             residents=self._residents,
             expert_bytes=self._expert_bytes,
         )
