@@ -30,23 +30,44 @@ class Routes(Protocol):
 
 
 class LastPaths:
-    """`Routes` that expect of a request's next token what its last one used.
+    """`Routes` that expect of a request's next token what its last ones used: nothing is trained, and it costs little.
 
-    Neighbouring tokens share about twice as many experts as chance would have it (arXiv 2505.16056), and it costs nothing.
-    Holds `capacity` requests, the ones heard of last: capacity * L * (E + 1) bytes.
+    Neighbouring tokens share about twice as many experts as chance would have it (arXiv 2505.16056). The very last token
+    alone would mislead where the cache holds more than a step uses: what just ran would always seem to be resident.
+    Holds `capacity` requests, about 5 * capacity * L * (E + 1) bytes; a new one takes the place of the one that came first.
     """
 
     def __init__(
-        self, num_layers: int, num_experts: int, *, residents: Callable[[], NDArray[np.bool_]], capacity: int = 512
+        self,
+        num_layers: int,
+        num_experts: int,
+        *,
+        residents: Callable[[], NDArray[np.bool_]],
+        capacity: int = 512,
+        decay: float = 0.875,
+        share: float = 0.2,
     ):
         """Allocates the ring.
 
         Args:
             residents: gives bool [L, E] of what is resident now.
-            capacity: at least as many as are served at once; a request that is overwritten is one of which nothing is known.
+            capacity: more than are served at once; of a request that lost its place nothing is known until it runs again.
+            decay: weight of a token beside the next one's, in [0, 1); 0: the last token alone.
+            share: an expert is expected if it was used in that share of the tokens, in (0, 1].
+
+        Raises:
+            ValueError: a value out of range; names it.
         """
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay must be from 0 to below 1, got {decay}")
+        if not 0.0 < share <= 1.0:
+            raise ValueError(f"share must be above 0, up to 1, got {share}")
         # one column more than there are experts: an index equal to E means "no expert here"
         self._used = np.zeros((capacity, num_layers, num_experts + 1), dtype=bool)
+        self._count = np.zeros(self._used.shape, dtype=np.float32)
+        self._tokens = np.zeros((capacity, num_layers, 1), dtype=np.float32)
+        self._decay = decay
+        self._share = share
         self._residents = residents
         self._slot: dict[str, int] = {}
         self._owner: list[str | None] = [None] * capacity
@@ -74,20 +95,32 @@ class LastPaths:
             slots = np.array([self._claim(request_id) for request_id in last], dtype=np.intp)
             self._rows = request_ids_of_rows, slots, np.array(list(last.values()), dtype=np.intp)
         _, slots, rows = self._rows
+        chosen = slots[:, None], layer, expert_index[rows]
         self._used[slots, layer] = False
-        self._used[slots[:, None], layer, expert_index[rows]] = True
+        self._used[chosen] = True
+        self._count[slots, layer] *= self._decay
+        self._count[chosen] += 1.0
+        self._tokens[slots, layer] = self._tokens[slots, layer] * self._decay + 1.0
 
     def paths(self, request_ids: list[str]) -> Paths:
-        return self.taken(request_ids)
+        slots = self._slots(request_ids)
+        # a layer that was not seen yet has no tokens, and nothing is expected of it
+        least = self._share * np.maximum(self._tokens[slots], 1.0)
+        expected = self._count[slots, :, :-1] >= least
+        expected[slots < 0] = False
+        return expected
 
     def taken(self, request_ids: list[str]) -> Paths:
-        slots = np.array([self._slot.get(request_id, -1) for request_id in request_ids], dtype=np.intp)
+        slots = self._slots(request_ids)
         used = self._used[slots, :, :-1]
         used[slots < 0] = False
         return used
 
     def residents(self) -> NDArray[np.bool_]:
         return self._residents()
+
+    def _slots(self, request_ids: list[str]) -> NDArray[np.intp]:
+        return np.array([self._slot.get(request_id, -1) for request_id in request_ids], dtype=np.intp)
 
     def _claim(self, request_id: str) -> int:
         slot = self._slot.get(request_id)
@@ -100,4 +133,5 @@ class LastPaths:
         self._owner[slot] = request_id
         self._slot[request_id] = slot
         self._used[slot] = False
+        self._count[slot] = self._tokens[slot] = 0.0
         return slot

@@ -147,6 +147,44 @@ def test_requests_of_one_topic_run_together():
     assert stats["experts_per_step"] < 0.5 * stats["experts_per_step_in_order_of_arrival"]
 
 
+class Everything(Topics):
+    """Every request uses every expert."""
+
+    def paths(self, request_ids):
+        return np.ones((len(request_ids), LAYERS, EXPERTS), dtype=bool)
+
+    taken = paths
+
+
+class Alike(Topics):
+    """Topics are expected, but there is only one."""
+
+    def taken(self, request_ids):
+        return topic_paths([0] * len(request_ids))
+
+
+@pytest.mark.parametrize(
+    ("routes", "reason"),
+    [(Everything(), "uses 100% of all"), (Alike(), "saved 0.0% of the experts to fetch, less than 2.0%")],
+)
+def test_where_it_does_not_pay_it_becomes_first_come_first_served_again(routes, reason):
+    loop = Loop(4, steps=30)
+    loop.scheduler.group_by(routes, GroupingOptions(window_steps=8, max_wait_steps=8))
+    loop.add(60)
+    while loop.scheduler.stats()["state"] != "off":
+        loop.step()
+    assert reason in loop.scheduler.stats()["reason"]
+    before = loop.scheduler.stats()["chosen_steps"]
+    active = loop.active
+    assert active > 4
+    for _ in range(8):
+        loop.step()
+        assert loop.active <= active
+        active = loop.active
+    assert loop.scheduler.stats()["chosen_steps"] <= before + 1
+    assert loop.scheduler.stats()["longest_wait_steps"] <= 8
+
+
 @pytest.mark.parametrize("method", ["greedy", "kmedoids"])
 @pytest.mark.parametrize(("size", "max_wait", "count"), [(4, 3, 16), (3, 6, 20), (1, 4, 9), (5, 1, 30)])
 def test_no_request_waits_longer_than_the_bound(method, size, max_wait, count):
@@ -291,8 +329,8 @@ def test_what_is_resident_in_any_order_is_no_gain():
     assert judged.state == "off"
 
 
-def last_paths(capacity=8):
-    return LastPaths(LAYERS, 5, residents=lambda: np.zeros((LAYERS, 5), dtype=bool), capacity=capacity)
+def last_paths(capacity=8, **options):
+    return LastPaths(LAYERS, 5, residents=lambda: np.zeros((LAYERS, 5), dtype=bool), capacity=capacity, **options)
 
 
 def test_the_last_row_of_a_request_is_its_path():
@@ -303,8 +341,26 @@ def test_the_last_row_of_a_request_is_its_path():
     used = routes.taken(["b", "x", "a"])
     assert [np.flatnonzero(row).tolist() for row in used[:, 0]] == [[3, 4], [], [2]]
     assert [np.flatnonzero(row).tolist() for row in used[:, 1]] == [[3, 4], [], []]
+    assert (routes.paths(["b", "x", "a"]) == used).all()
     routes.saw(0, ["a"], np.array([[1, 3]]))
-    assert np.flatnonzero(routes.paths(["a"])[0, 0]).tolist() == [1, 3]
+    assert np.flatnonzero(routes.taken(["a"])[0, 0]).tolist() == [1, 3]
+
+
+def test_experts_used_in_a_share_of_the_last_tokens_are_expected():
+    routes, last = last_paths(), last_paths(decay=0.0)
+    for token in range(40):
+        for known in (routes, last):
+            # 0 always, 1 every other time, 2 long ago, 3 the last time only
+            known.saw(0, ["a"], np.array([[0, 1 if token % 2 else 5, 2 if token < 2 else 5, 3 if token == 39 else 5]]))
+    assert np.flatnonzero(routes.paths(["a"])[0, 0]).tolist() == [0, 1]
+    assert np.flatnonzero(last.paths(["a"])[0, 0]).tolist() == [0, 1, 3]
+    assert not routes.paths(["a"])[0, 1].any()
+
+
+@pytest.mark.parametrize(("option", "value"), [("decay", 1.0), ("share", 0.0)])
+def test_path_options_out_of_range_are_named(option, value):
+    with pytest.raises(ValueError, match=f"{option} must be .* got {value}"):
+        last_paths(**{option: value})
 
 
 def test_the_ring_forgets_who_came_first():
