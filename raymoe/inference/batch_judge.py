@@ -18,10 +18,12 @@ class BatchJudge:
     """
 
     def __init__(self, *, margin: float, window_steps: int, busy_share: float):
-        """Args:
-        margin: share of the cost that a window must save.
-        window_steps: chosen batches that are compared at once; the first rest lasts as long.
-        busy_share: if the batches of the order of arrival use that share of all experts, there is nothing to choose.
+        """Nothing is compared yet.
+
+        Args:
+            margin: share of the cost that a window must save.
+            window_steps: chosen batches that are compared at once; the first rest lasts as long.
+            busy_share: if batches in order of arrival use that share of all experts, there is nothing to choose.
         """
         self._margin = margin
         self._window_steps = window_steps
