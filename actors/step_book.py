@@ -43,7 +43,14 @@ class StepBook:
         self._begin(0, [])
 
     def begin_epoch(self, epoch: int, facts: list[WorkerFacts], *, is_under_way: bool = False) -> None:
-        """An epoch has been formed; reports of earlier ones no longer count."""
+        """An epoch has been formed; reports of earlier ones no longer count.
+
+        Steps that it does not repeat were done by all ranks, also where a rank died before it could say so: they are summed up
+        from the reports of the others.
+        """
+        for step in range(self.next_step, facts[0].next_step):
+            if reports := self._reports.get(step):
+                self._tell(reports)
         self.publication = facts[0].publication
         self._begin(epoch, facts)
         self._num_steps = int(is_under_way)
@@ -64,10 +71,7 @@ class StepBook:
         if self._num_steps == 1:
             self._on_first_step(report.step)
         if report.step >= self.next_step:
-            summary = summarise(list(reports.values()), self._facts[0].owners)
-            self._summaries.append(summary)
-            self.next_step = report.step + 1
-            metrics.TRAIN_EXPERT_IMBALANCE_RATIO.set(summary.worker_imbalance)
+            self._tell(reports)
         return self._settle(list(reports.values()))
 
     def summaries(self, known: int) -> list[StepSummary]:
@@ -79,6 +83,12 @@ class StepBook:
         assert self.publication is not None, "an epoch comes first"
         self.publication = replace(self.publication, version=self.publication.version + 1, **changes)
         return self.publication
+
+    def _tell(self, reports: dict[int, StepReport]) -> None:
+        summary = summarise(list(reports.values()), self._facts[0].owners, len(self._facts))
+        self._summaries.append(summary)
+        self.next_step = summary.step + 1
+        metrics.TRAIN_EXPERT_IMBALANCE_RATIO.set(summary.worker_imbalance)
 
     def _begin(self, epoch: int, facts: list[WorkerFacts]) -> None:
         self._epoch, self._facts, self._num_steps = epoch, facts, 0

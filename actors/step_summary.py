@@ -52,11 +52,11 @@ class StepSummary:
         return self.tokens / self.step_s
 
 
-def summarise(reports: list[StepReport], owners: np.ndarray) -> StepSummary:
-    """One step's reports of all ranks as one. owners int64 [L, E]."""
+def summarise(reports: list[StepReport], owners: np.ndarray, size: int) -> StepSummary:
+    """One step's reports as one: of all `size` ranks, or of those that lived to tell. owners int64 [L, E]."""
     first = reports[0]
     loads_LE = np.sum([report.loads for report in reports], axis=0)
-    owned_DL = np.stack([(loads_LE * (owners == rank)).sum(1) for rank in range(len(reports))])
+    owned_DL = np.stack([(loads_LE * (owners == rank)).sum(1) for rank in range(size)])
     computed_DL = np.stack([report.computed_rows for report in reports])
     return StepSummary(
         step=first.step,
@@ -78,7 +78,7 @@ def summarise(reports: list[StepReport], owners: np.ndarray) -> StepSummary:
         planning_s=max(report.planning_ns for report in reports) / 1e9,
         exposed_s=max(report.exposed_ns for report in reports) / 1e9,
         experts_s=max(report.experts_ns + report.experts_backward_ns for report in reports) / 1e9,
-        workers=len(reports),
+        workers=size,
         at_s=time.time(),
     )
 

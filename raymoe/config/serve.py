@@ -31,6 +31,12 @@ class ServeConfig(Strict):
     """Most tokens one answer may have."""
     max_prompt_tokens: int = Field(default=4096, ge=1)
     """Longest prompt that is taken."""
+    max_batch_requests: int = Field(default=256, ge=1)
+    """Requests a forward pass may hold; when more are active, those share one that want the same experts."""
+    max_wait_steps: int = Field(default=16, ge=1)
+    """Steps in a row that such a request may be left out."""
+    expert_readers: int = Field(default=0, ge=0)
+    """Threads that fetch experts while others compute: for files on a slow disk, and cores that idle."""
     max_ongoing_requests: int = Field(default=256, ge=1)
     """Requests a replica works on at once; further ones wait in the queue."""
     max_queued_requests: int = Field(default=512, ge=1)

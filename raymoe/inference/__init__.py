@@ -7,8 +7,8 @@ from raymoe.inference.requests import Delta, EngineError, SamplingParams, TokenL
 from raymoe.lazy import lazy_exports
 
 _HOMES = {
-    "CacheCounters": "cache",
-    "CacheWindow": "cache",
+    "CacheCounters": "counters",
+    "CacheWindow": "counters",
     "CheckpointTier": "tiers",
     "ExpertCache": "cache",
     "ExpertSource": "tiers",

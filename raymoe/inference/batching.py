@@ -107,6 +107,7 @@ class Batcher:
         # an unknown name would have become another scheduler, with only a warning
         assert processor is not None
         assert isinstance(processor.scheduler, TokenScheduler)
+        self.scheduler = processor.scheduler
         self._kv_cache = processor.cache
         self.kv_budget = KvBudget(processor.cache, kv_tokens)
         self.shared_tokens = 0

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 
 from raymoe.inference.counters import CacheCounters, CacheHistory, CacheWindow
@@ -52,6 +53,7 @@ class ExpertCache:
         self._source = source
         self._numel = list(numel)
         self.num_experts = sum(num_experts)
+        self._most_experts = max(num_experts)
         self.slot_bytes = max(numel) * dtype.itemsize
         device, num_slots = torch.device(device), slots_for(budget, self.num_experts, self.slot_bytes)
         self._slots = SlotPool(self.num_experts, num_slots, max(numel), dtype, device)
@@ -104,10 +106,14 @@ class ExpertCache:
         with self._changed:
             return self._history.windows()
 
-    def residents(self) -> list[Key]:
-        """(layer, expert) of all that are in a slot now."""
+    def residents(self) -> np.ndarray:
+        """bool [L, E], E of the layer with the most: the experts that are in a slot now."""
+        found = np.zeros((len(self._numel), self._most_experts), dtype=bool)
         with self._changed:
-            return list(self._ready)
+            keys = list(self._ready)
+        if keys:
+            found[tuple(zip(*keys, strict=True))] = True
+        return found
 
     def acquire(self, layer: int, experts: Sequence[int]) -> Generator[tuple[list[int], list[int]], None, None]:
         """Hands out the slots of `experts` (distinct) of one layer: those that are resident first, others as they come.

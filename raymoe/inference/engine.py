@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig
 
 from raymoe import kernels
@@ -18,6 +19,8 @@ from raymoe.inference.deliveries import Deliveries, Request
 from raymoe.inference.experts import CachedExperts
 from raymoe.inference.meter import Meter
 from raymoe.inference.requests import Delta, EngineError, SamplingParams
+from raymoe.inference.routes import LastPaths
+from raymoe.inference.scheduler import GroupingOptions
 from raymoe.inference.servable import end_tokens, refuse_unservable
 from raymoe.inference.text import StopWatch
 from raymoe.inference.tiers import CheckpointTier
@@ -39,6 +42,8 @@ class InferenceEngine:
         max_requests: int = 256,
         prefix_sharing: bool = True,
         decode: Callable[[list[int]], str] | None = None,
+        expert_readers: int = 0,
+        grouping: GroupingOptions | None = None,
     ):
         """Loads the dense part of the model, allocates both caches and starts the generation thread.
 
@@ -52,6 +57,9 @@ class InferenceEngine:
             max_requests: requests a forward pass may hold; further ones wait.
             prefix_sharing: prompts that begin alike share the KV cache's pages, and are read once.
             decode: tokens to the text a client sees (`raymoe.inference.text.decoder`), for requests with stop strings.
+            expert_readers: threads that fetch experts while others compute: for files on a slow disk, and cores that idle.
+            grouping: how batches are formed by routes when more requests are active than a step holds; it judges itself, and
+                stops where it does not pay.
 
         Raises:
             ValueError: a family that cannot be served, an incomplete checkpoint, or a budget below one expert.
@@ -68,8 +76,12 @@ class InferenceEngine:
             budget=expert_memory,
             dtype=getattr(torch, dtype),
             device=device,
+            readers=expert_readers,
         )
-        attach_runtime(loaded, CachedExperts(self.cache, files.layers))
+        self._routes = LastPaths(
+            len(files.layers), max(layer.num_experts for layer in files.layers), residents=self.cache.residents
+        )
+        attach_runtime(loaded, CachedExperts(self.cache, files.layers, self._note_routes))
         warm_up_layers(files.layers, getattr(torch, dtype), torch.device(device), is_training=False)
         self._stop_ids = end_tokens(loaded.generation_config.eos_token_id, self._config.eos_token_id)
         self._facts = {
@@ -79,8 +91,6 @@ class InferenceEngine:
             "moe_layers": len(files.layers),
             "num_experts": self.cache.num_experts,
             "expert_bytes": self.cache.slot_bytes,
-            "budget_bytes": self.cache.budget_bytes,
-            "slots": self.cache.num_slots,
         }
         self._decode = decode
         self._ids = itertools.count()
@@ -97,6 +107,7 @@ class InferenceEngine:
             on_outputs=self._deliveries.deliver,
             on_death=self._deliveries.fail_all,
         )
+        self._batcher.scheduler.group_by(self._routes, grouping, expert_bytes=self.cache.slot_bytes)
         self._batcher.start()
 
     def __enter__(self) -> "InferenceEngine":
@@ -146,6 +157,14 @@ class InferenceEngine:
         if is_live:
             self._batcher.cancel(request_id)
         return is_live
+
+    def set_expert_memory(self, budget: str | int) -> None:
+        """Changes the budget of the expert cache, while requests run; nobody's tokens change.
+
+        Raises:
+            ValueError: it holds not even one expert, or is more than a GPU has memory set aside for.
+        """
+        self.cache.set_budget(budget)
 
     def set_kv_tokens(self, tokens: int) -> None:
         """Changes how many tokens the KV cache holds over all requests, while they run. Not from within an `on_delta`.
@@ -217,6 +236,8 @@ class InferenceEngine:
         total = self.cache.total
         return {
             **self._facts,
+            "budget_bytes": self.cache.budget_bytes,
+            "slots": self.cache.num_slots,
             "kv_tokens": self._batcher.kv_budget.tokens,
             "kv_bytes": self._batcher.kv_budget.bytes,
             "is_alive": self.is_alive,
@@ -226,10 +247,9 @@ class InferenceEngine:
             "tokens_per_s": round(self._meter.tokens_per_s, 1),
             "steps": self._batcher.steps,
             "resident_experts": self.cache.resident,
-            "hits": total.hits,
-            "misses": total.misses,
+            **asdict(total),
             "hit_rate": total.hit_rate,
-            "fetched_bytes": total.fetched_bytes,
+            "grouping": self._batcher.scheduler.stats(),
             "kernels": kernels.calls(),
         }
 
@@ -244,7 +264,13 @@ class InferenceEngine:
     def close(self) -> None:
         """Ends the engine; requests that are not done get an "error" delta. Safe to call again."""
         self._batcher.close()
+        self.cache.close()
         self._deliveries.fail_all("the engine was closed")
+
+    def _note_routes(self, layer: int, expert_index: Tensor) -> None:
+        scheduler = self._batcher.scheduler
+        if scheduler.is_crowded:
+            self._routes.saw(layer, scheduler.rows, expert_index.numpy(force=True))
 
     def _watch(self, prompt_ids: list[int], params: SamplingParams) -> StopWatch | None:
         if not params.stop:

@@ -3,6 +3,7 @@
 T tokens, K choices per token, S = T*K routed rows, H hidden size.
 """
 
+from collections.abc import Callable
 from contextlib import closing
 
 from torch import Tensor
@@ -19,8 +20,10 @@ class CachedExperts:
     resident. Called on the thread that generates.
     """
 
-    def __init__(self, cache: ExpertCache, layers: list[MoELayer]):
+    def __init__(self, cache: ExpertCache, layers: list[MoELayer], routed: Callable[[int, Tensor], None] | None = None):
+        """`routed`: told of each layer's choices, (layer, expert_index [T, K]), before they are computed."""
         self._cache = cache
+        self._routed = routed
         self._weights = [weights_of(layer, layer.layout.views(cache.pool[:, : layer.layout.numel])) for layer in layers]
 
     def __call__(self, layer: MoELayer, hidden: Tensor, expert_index: Tensor, expert_weight: Tensor) -> Tensor:
@@ -28,6 +31,8 @@ class CachedExperts:
         routed = plan(expert_index, layer.num_experts)
         # the one host sync of a layer: which experts are wanted decides what is fetched
         wanted = routed.offsets.diff().nonzero().flatten().tolist()
+        if self._routed is not None:
+            self._routed(layer.index, expert_index)
         rows = hidden.new_empty(expert_index.numel(), hidden.shape[1])
         gate_up, down, biases = self._weights[layer.index]
         with closing(self._cache.acquire(layer.index, wanted)) as groups:

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 MAX_LOGPROBS = 20
+MAX_PRIORITY = 1 << 31
 
 _MAX_SEED = (1 << 64) - 1
 
@@ -69,7 +70,11 @@ class SamplingParams:
     logprobs: int | None = None
     """Tell the log-probability of each token, and of that many likeliest ones at its place, 0 to 20; None: of none."""
 
+    priority: int = 0
+    """Higher goes first: before lower ones into a step, and before them from waiting to being read."""
+
     def __post_init__(self):
+        _check_int("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
         _check_int("max_tokens", self.max_tokens, 1, None)
         _check_int("top_k", self.top_k, 0, None)
         _check_int("seed", self.seed, -(1 << 63), _MAX_SEED)

@@ -106,6 +106,11 @@ class TokenScheduler(FIFOScheduler):
         if self._options.max_requests is not None:
             self.max_requests_per_batch = min(self.max_requests_per_batch, self._options.max_requests)
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether more requests are active than a step holds: only then do routes matter."""
+        return len(self.active_requests) > self.max_requests_per_batch
+
     def stats(self) -> dict[str, Any]:
         """Whether batches are formed by routes and why, and what came of it, as plain values."""
         if self._routes is None:
@@ -326,7 +331,7 @@ def _judge_of(options: GroupingOptions) -> BatchJudge:
 
 def _priority(state: RequestState) -> int:
     """Higher goes first; the sampling parameters carry it where there is one."""
-    return getattr(state.logit_processor_kwargs.get("sampling"), "priority", 0)
+    return state.logit_processor_kwargs["sampling"].priority
 
 
 SCHEDULER_MAPPING[SCHEDULER] = TokenScheduler

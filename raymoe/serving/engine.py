@@ -25,6 +25,7 @@ class Engine:
 
         from raymoe.actors.metrics import export_metrics
         from raymoe.inference import InferenceEngine
+        from raymoe.inference.scheduler import GroupingOptions
 
         logging.getLogger("raymoe").setLevel(env.log_level())
         torch.set_num_threads(max(1, int(config.num_cpus)))
@@ -37,7 +38,9 @@ class Engine:
             device="cuda" if config.num_gpus else "cpu",
             max_batch_tokens=config.max_batch_tokens,
             kv_tokens=config.kv_tokens,
-            max_requests=config.max_ongoing_requests,
+            max_requests=config.max_batch_requests,
+            expert_readers=config.expert_readers,
+            grouping=GroupingOptions(max_wait_steps=config.max_wait_steps),
             prefix_sharing=config.prefix_sharing,
             decode=decoder(AutoTokenizer.from_pretrained(config.model, local_files_only=True)),
         )
@@ -86,6 +89,24 @@ class Engine:
                     return
         finally:
             self._engine.cancel(request_id)
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Changes budgets while requests run; Serve calls it with the deployment's `user_config`.
+
+        Args:
+            user_config: `expert_memory` and `kv_tokens`, or one of them, as in `ServeConfig`; what shrinks does so first.
+
+        Raises:
+            ValueError: an unknown key, or a budget that cannot be had; what came before it stays changed.
+        """
+        known = {"expert_memory": self._engine.set_expert_memory, "kv_tokens": self._engine.set_kv_tokens}
+        if unknown := sorted(user_config.keys() - known.keys()):
+            raise ValueError(f"user_config: unknown key {unknown[0]!r}; known keys: {', '.join(known)}")
+        order = sorted(user_config, key=lambda key: key == "kv_tokens")
+        if user_config.get("kv_tokens", self._engine.stats()["kv_tokens"]) < self._engine.stats()["kv_tokens"]:
+            order.reverse()
+        for key in order:
+            known[key](user_config[key])
 
     def status(self, history: bool = False) -> dict[str, Any]:
         """`InferenceEngine.stats`, with its `history` if asked for."""

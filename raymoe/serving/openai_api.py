@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
-from raymoe.inference.requests import MAX_LOGPROBS
+from raymoe.inference.requests import MAX_LOGPROBS, MAX_PRIORITY
 
 _MAX_STOPS = 4
 
@@ -91,6 +91,8 @@ class _Request(_Part):
     top_k: Annotated[int, Field(ge=0)] | None = None
     """Not OpenAI's: 0 or left out draws among all tokens."""
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    """Not OpenAI's: higher goes first, 0 if left out."""
     stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -130,6 +132,7 @@ class _Request(_Part):
             "top_p": self.top_p,
             "top_k": self.top_k,
             "seed": self.seed,
+            "priority": self.priority,
             "stop": self.stop or None,
             "logprobs": self.num_logprobs,
         }

@@ -1,0 +1,67 @@
+"""What the controller makes of reports when a rank dies between a step and its report."""
+
+from dataclasses import fields
+from types import SimpleNamespace
+
+import numpy as np
+
+from raymoe.actors.step_book import StepBook
+from raymoe.training.report import StepReport
+
+
+def report(step, loss):
+    values = {
+        field.name: {} if "bytes" in field.name and field.name != "snapshot_sent_bytes" else 0
+        for field in fields(StepReport)
+    }
+    rows = np.ones((1, 4), dtype=np.int64)
+    return StepReport(
+        **values | {"step": step, "loss": loss, "loads": rows, "computed_rows": np.ones(1, dtype=np.int64)}
+    )
+
+
+def book_of(told):
+    job = SimpleNamespace(
+        config=SimpleNamespace(snapshots=SimpleNamespace(every=2), experts=SimpleNamespace(cluster="c"))
+    )
+    return StepBook(job, told.append)
+
+
+def facts(next_step, size):
+    owners = np.array([[0, 0, 1, 1]])
+    publication = SimpleNamespace(is_measured=True)
+    return [SimpleNamespace(publication=publication, owners=owners, next_step=next_step, links=None)] * size
+
+
+def test_a_step_that_a_dead_rank_did_not_report_is_told_all_the_same():
+    book = book_of([])
+    book.begin_epoch(0, facts(0, 3))
+    for step in range(3):
+        for rank in range(3):
+            # the last of rank 2 is lost with it
+            if (rank, step) != (2, 2):
+                book.report(rank, 0, report(step, 5.0 - step))
+    assert [summary.step for summary in book.summaries(0)] == [0, 1]
+    # all ranks had taken a snapshot after step 2, so nobody does it again
+    book.begin_epoch(1, facts(3, 2))
+    assert [(summary.step, summary.loss, summary.workers) for summary in book.summaries(0)][2:] == [(2, 3.0, 3)]
+    for rank in range(2):
+        book.report(rank, 1, report(3, 2.0))
+    assert [(summary.step, summary.workers) for summary in book.summaries(2)] == [(2, 3), (3, 2)]
+
+
+def test_steps_that_are_done_again_are_told_once():
+    first_steps = []
+    book = book_of(first_steps)
+    book.begin_epoch(0, facts(0, 2))
+    for step in range(4):
+        for rank in range(2):
+            book.report(rank, 0, report(step, 1.0))
+    book.begin_epoch(1, facts(2, 1))
+    for step in range(2, 6):
+        book.report(0, 1, report(step, 1.0))
+        # of an epoch that is over
+        book.report(1, 0, report(step, 9.0))
+    assert [summary.step for summary in book.summaries(0)] == list(range(6))
+    assert [summary.workers for summary in book.summaries(0)] == [2, 2, 2, 2, 1, 1]
+    assert first_steps == [0, 2]
