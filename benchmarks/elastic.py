@@ -92,8 +92,9 @@ def run(
 
         def job(name: str, **changes: object) -> TrainJob:
             asked = {"workers": {"min": 1, "max": workers}, "snapshots": {"every": snapshots}, "worker_cpus": 0.5}
-            tree = config.model_dump(mode="json") | asked | changes | {"output": str(Path(folder) / "run")}
-            tree["model"]["dtype"] = dtype
+            plain = config.model_dump(mode="json")
+            plain["model"]["dtype"] = dtype
+            tree = plain | asked | changes | {"output": str(Path(folder) / "run")}
             return prepare_job(parse_config(TrainConfig, tree), Path(folder) / "run", text)
 
         with ray_session(workers + 1, own=True, dashboard=False):
