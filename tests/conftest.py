@@ -27,6 +27,8 @@ _CROWDED = (
 )
 
 
+# before xdist reads the marks
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.nodeid.startswith(_CROWDED):
