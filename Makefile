@@ -10,9 +10,8 @@ WHEEL := build/wheel
 demo: $(VENV)/.installed
 	$(BIN)/raymoe demo
 
-# two at a time, those that start clusters one after another
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -13,23 +13,3 @@ import torch
 def one_thread():
     torch.set_num_threads(1)
     torch.manual_seed(0)
-
-
-# they start clusters, servers or several processes, and take turns
-_CROWDED = (
-    "tests/actors",
-    "tests/deploy",
-    "tests/serving/test_app.py",
-    "tests/test_cli.py",
-    "tests/test_demo.py",
-    "tests/test_train_command.py",
-    "tests/test_train_rivals.py",
-)
-
-
-# before xdist reads the marks
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.nodeid.startswith(_CROWDED):
-            item.add_marker(pytest.mark.xdist_group("crowded"))
