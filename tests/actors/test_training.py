@@ -74,8 +74,7 @@ def test_other_ways_to_train(job, changes):
     with WorkerGroup(job(steps=5, snapshots={"every": 2}, **changes)) as group:
         group.start()
         assert [step.step for step in group.train()] == list(range(5))
-        has_snapshots = [state.snapshot_step is not None for state in group.states()]
-    assert has_snapshots == ["lora" in changes] * 2
+        assert all(state.snapshot_step is not None for state in group.states())
 
 
 def test_a_failing_worker_is_told_from_those_it_takes_along(job):
