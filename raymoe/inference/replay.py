@@ -70,10 +70,11 @@ def replay(
 
 
 def belady(trace: Trace, slots: int) -> ReplayCounts:
-    """The fewest fetches possible: evicts what is wanted again last (L. A. Belady, IBM Systems Journal 1966).
+    """A bound that no policy can beat, prefetching or not: what is wanted again soonest stays, and an expert that is wanted
+    later than all that is resident is computed with and not kept.
 
-    Least among all policies that fetch only what is wanted, in whatever order a layer's experts are taken: residents first, and of
-    the others that last which is wanted again first. O(n log n) in the demands.
+    Least when experts may pass without taking a slot, which a cache cannot do: under its own rules L. A. Belady's choice (IBM
+    Systems Journal 1966) is no longer the best where several experts are wanted at once. O(n log n) in the demands.
 
     Raises:
         ValueError: fewer than one slot.
@@ -91,25 +92,14 @@ def belady(trace: Trace, slots: int) -> ReplayCounts:
     furthest: list[tuple[int, Key]] = []
     hits = misses = 0
     for time, (layer, wanted) in enumerate(visits):
-        missing = {expert for expert in wanted if (layer, expert) not in next_use}
-        hits += len(wanted) - len(missing)
-        misses += len(missing)
-        for expert in _residents_first(wanted, missing, following[time]):
-            if expert in missing and len(next_use) >= slots:
-                _evict(next_use, furthest)
+        for expert in wanted:
+            is_hit = (layer, expert) in next_use
+            hits, misses = hits + is_hit, misses + (not is_hit)
             next_use[layer, expert] = following[time][expert]
             heapq.heappush(furthest, (-next_use[layer, expert], (layer, expert)))
+        while len(next_use) > slots:
+            last, key = heapq.heappop(furthest)
+            # entries of the past stay in the heap until they come up
+            if next_use.get(key) == -last:
+                del next_use[key]
     return ReplayCounts(len(trace), hits, misses)
-
-
-def _evict(next_use: dict[Key, int], furthest: list[tuple[int, Key]]) -> None:
-    while True:
-        time, key = heapq.heappop(furthest)
-        # entries of the past stay in the heap until they come up
-        if next_use.get(key) == -time:
-            del next_use[key]
-            return
-
-
-def _residents_first(wanted: Sequence[int], missing: set[int], following: dict[int, int]) -> list[int]:
-    return sorted(wanted, key=lambda expert: (expert in missing, -following[expert]))
