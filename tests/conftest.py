@@ -7,6 +7,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# how long an example takes says more of the machine's other guests than of the code
+settings.register_profile("raymoe", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("raymoe")
 
 
 @pytest.fixture(autouse=True)
