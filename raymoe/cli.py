@@ -140,8 +140,8 @@ def predictor_train(
     """Train a routing-path predictor for MODEL on real text and store it beside the checkpoint."""
     from raymoe.commands.predictor import train_predictor
 
-    train_predictor(model, data, sequences=sequences, sequence_length=sequence_length, steps=steps, batch=batch,
-                    learning_rate=learning_rate, seed=seed, console=shown_console(), command=shown_command(), json=json)  # fmt: skip
+    train_predictor(model, data, sequences=sequences, sequence_length=sequence_length, steps=steps, batch=batch, seed=seed,
+        learning_rate=learning_rate, console=shown_console(), command=shown_command(), json=json)  # fmt: skip
 
 
 bench = typer.Typer(help="Measure raymoe on this machine.", no_args_is_help=True)

@@ -48,8 +48,8 @@ class PathShape:
 
     @staticmethod
     def scaled(hidden_size: int) -> dict[str, int]:
-        """The sizes that differ from the paper's for a model of that hidden size: a model of a few million parameters is not worth a
-        predictor of the same size."""
+        """The sizes that differ from the paper's for a model of that hidden size: a model of a few million parameters is not
+        worth a predictor as large as itself."""
         if hidden_size >= _SMALL_MODEL:
             return {}
         return {"d_ff": 256, "d_kv": 16, "num_heads": 4, "num_blocks": 2}
@@ -76,7 +76,7 @@ class PathNetwork(nn.Module):
         self.head = nn.Linear(shape.d_model, shape.num_layers * shape.num_experts, bias=False)
 
     def forward(self, prompt: Tensor, decoded: Tensor) -> Tensor:
-        """prompt int64 [B, P], decoded int64 [B, S], without padding -> logits float32 [B, S, L, E] of each decoded token's path."""
+        """prompt int64 [B, P], decoded int64 [B, S], without padding -> logits float32 [B, S, L, E] of decoded tokens' paths."""
         hidden = self.t5(input_ids=prompt, decoder_input_ids=decoded).last_hidden_state
         return self.head(hidden).unflatten(-1, (self.shape.num_layers, self.shape.num_experts))
 
