@@ -133,7 +133,7 @@ def predictor_train(
     sequence_length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 600,
     batch: Annotated[int, typer.Option(help="Sequences a training step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Of the head; the rest has a tenth of it.")] = 1e-2,
+    learning_rate: Annotated[float, typer.Option(help="Of the head; the rest has a tenth of it.")] = 5e-2,
     seed: int = 0,
     json: Json = None,
 ) -> None:

@@ -319,6 +319,22 @@ def test_token_table_knows_the_tokens_that_came_before():
     assert table.step_begins(torch.tensor([999]), ["a"]) == {}
 
 
+@pytest.mark.parametrize("kind", [TransitionTable, TokenTable])
+def test_inference_mode_may_change_between_steps(kind):
+    table, plain = kind(LAYERS, EXPERTS), kind(LAYERS, EXPERTS)
+    positions, others = {"a": 0, "b": 4}, {"a": 0, "b": 4}
+    for number in range(4):
+        with torch.inference_mode(number % 2 == 0):
+            answers = serve(table, positions, 3)
+        expected = serve(plain, others, 3)
+        for place, found in answers.items():
+            for layer, probability in found.items():
+                assert torch.equal(probability, expected[place][layer])
+    table.forget("a")
+    with torch.inference_mode():
+        table.forget("b")
+
+
 @pytest.mark.parametrize("field", ["num_layers", "num_experts"])
 @pytest.mark.parametrize("kind", [TransitionTable, TokenTable])
 def test_tables_refuse_sizes_below_one(kind, field):

@@ -116,6 +116,15 @@ def test_slots_are_bounded_and_given_back(network):
     assert predictor.nbytes() == held
 
 
+def test_inference_mode_may_change_between_steps(network):
+    predictor = PathPredictor(network)
+    for number, ids in enumerate(([3, 9], [11], [12], [13])):
+        with torch.inference_mode(number % 2 == 0):
+            said = feed(predictor, [("a", ids), *([("b", [1, 2])] if number == 1 else [])])
+    assert said is not None
+    assert torch.allclose(said[0], whole(network, [3, 9], [11, 12, 13])[-1], atol=1e-5)
+
+
 def test_a_step_is_the_union_of_its_decoding_tokens(network):
     one, other = PathPredictor(network), PathPredictor(network)
     for predictor in (one, other):

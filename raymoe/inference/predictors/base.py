@@ -3,8 +3,8 @@
 T tokens of a step, K choices per token, L MoE layers, E experts, M ranks that a predictor tells apart, H hidden size.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,15 @@ _PRIOR_ROWS = 8.0
 _EAGER_TOKENS = 2048.0
 _SPARE_STEPS = 8
 _ALMOST_ONE = 1.0 - 1e-6
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def keeps_state(method: F) -> F:
+    """For methods that write tensors they keep: an engine may call them in inference mode or not, and what was made in that mode
+    could not be written outside it."""
+    return cast(F, torch.inference_mode(False)(torch.no_grad()(method)))
 
 
 class Predictor(Protocol):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raymoe.inference.predictors.base import MAX_ROWS, union
+from raymoe.inference.predictors.base import MAX_ROWS, keeps_state, union
 from raymoe.inference.predictors.path_model import PathNetwork, load_path_network
 
 _FIRST_SLOTS = 4
@@ -56,7 +56,7 @@ class PathPredictor:
         )
         return None if network is None else cls(network, max_requests=max_requests)
 
-    @torch.no_grad()
+    @keeps_state
     def step_begins(self, token_ids: Tensor, requests: Sequence[str]) -> dict[int, Tensor]:
         """As `Predictor.step_begins`: for all layers, for the tokens of the step that are being decoded."""
         probability = self.paths(token_ids, requests)
@@ -65,7 +65,7 @@ class PathPredictor:
         said = union(probability.transpose(0, 1))
         return dict(enumerate(said))
 
-    @torch.no_grad()
+    @keeps_state
     def paths(self, token_ids: Tensor, requests: Sequence[str]) -> Tensor | None:
         """`step_begins` before the union: float32 [R, L, E], or None if no request decodes; one or the other, once a step."""
         ids = token_ids.tolist()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raymoe.inference.predictors.base import RankCalibration, chosen_mask, sampled_rows, union
+from raymoe.inference.predictors.base import RankCalibration, chosen_mask, keeps_state, sampled_rows, union
 
 _SPREAD = 0x9E3779B1
 
@@ -38,6 +38,7 @@ class TokenTable:
         self._known = torch.empty(0, dtype=torch.bool)
         self._steps = 0
 
+    @keeps_state
     def step_begins(self, token_ids: Tensor, requests: Sequence[str]) -> dict[int, Tensor]:
         """As `Predictor.step_begins`, for all layers, where at least one of the tokens came before."""
         self._steps += 1
@@ -58,7 +59,7 @@ class TokenTable:
             for layer in range(self._num_layers)
         }
 
-    @torch.no_grad()
+    @keeps_state
     def routed(self, layer: int, hidden: Tensor, expert_index: Tensor) -> dict[int, Tensor]:
         """Only learns: what a layer chose does not change what this table says of the next."""
         index = expert_index.detach().to("cpu")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raymoe.inference.predictors.base import RankCalibration, chosen_mask, num_ranks, sampled_rows, union
+from raymoe.inference.predictors.base import RankCalibration, chosen_mask, keeps_state, num_ranks, sampled_rows, union
 
 _LEARN_ROWS = 256
 _SMOOTHING = 2.0
@@ -53,6 +53,7 @@ class TransitionTable:
         self._steps = 0
         self._shares: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
 
+    @keeps_state
     def step_begins(self, token_ids: Tensor, requests: Sequence[str]) -> dict[int, Tensor]:
         """As `Predictor.step_begins`: for all layers, from what the requests' last tokens took; nothing for a step that begins none
         but new requests."""
@@ -77,7 +78,7 @@ class TransitionTable:
                 found[layer] = union(probability, step.num_tokens / len(known))
         return found
 
-    @torch.no_grad()
+    @keeps_state
     def routed(self, layer: int, hidden: Tensor, expert_index: Tensor) -> dict[int, Tensor]:
         """As `Predictor.routed`: for the next layer of this step, and for this layer in the next step."""
         index = expert_index.detach().to("cpu")
@@ -111,6 +112,7 @@ class TransitionTable:
             found[layer] = union(memory.calibration[1][layer].probability(order))
         return found
 
+    @keeps_state
     def forget(self, request: str) -> None:
         """The request's slot is free for another."""
         slot = self._slots.pop(request, None)
