@@ -121,6 +121,29 @@ def trace(
 app.command(name="plan", help=PLAN_HELP)(plan_command)
 
 
+predictor = typer.Typer(help="What foretells which experts a model will want.", no_args_is_help=True)
+app.add_typer(predictor, name="predictor")
+
+
+@predictor.command(name="train")
+def predictor_train(
+    model: Annotated[Path, typer.Argument(help="Hugging Face directory.")],
+    data: Annotated[str, typer.Option(help="Text, JSONL or Parquet file, or a folder of them.")] = "stdlib",
+    sequences: Annotated[int, typer.Option(help="Sequences to run; one in ten is held out.")] = 400,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 600,
+    batch: Annotated[int, typer.Option(help="Sequences a training step.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Of the head; the rest has a tenth of it.")] = 5e-2,
+    seed: int = 0,
+    json: Json = None,
+) -> None:
+    """Train a routing-path predictor for MODEL on real text and store it beside the checkpoint."""
+    from raymoe.commands.predictor import train_predictor
+
+    train_predictor(model, data, sequences=sequences, sequence_length=sequence_length, steps=steps, batch=batch, seed=seed,
+        learning_rate=learning_rate, console=shown_console(), command=shown_command(), json=json)  # fmt: skip
+
+
 bench = typer.Typer(help="Measure raymoe on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
