@@ -113,12 +113,13 @@ class RankCalibration:
 
     def by_rank(self) -> Tensor:
         """float32 [M + 1]: the probability at each rank, and of each expert past them."""
-        if self._by_rank is None:
-            prior = self._prior.to(self._hits.device)
-            probability = (self._hits + _PRIOR_ROWS * prior) / (self._tokens + _PRIOR_ROWS)
-            probability[-1] /= max(self._rest, 1)
-            self._by_rank = probability.clamp(0.0, 1.0)
-        return self._by_rank
+        if self._by_rank is not None:
+            return self._by_rank
+        prior = self._prior.to(self._hits.device)
+        probability = (self._hits + _PRIOR_ROWS * prior) / (self._tokens + _PRIOR_ROWS)
+        probability[-1] /= max(self._rest, 1)
+        self._by_rank = probability = probability.clamp(0.0, 1.0)
+        return probability
 
     def probability(self, order: Tensor) -> Tensor:
         """float32 [T, E] from an order int64 [T, M]."""

@@ -6,10 +6,10 @@ B sequences, P prompt tokens, S decoded tokens, L MoE layers, E experts, D the n
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -160,7 +160,7 @@ def _read_facts(file: Path) -> tuple[PathShape, str]:
         raise ValueError(f"{file}: not a path predictor's description: {error!r}") from None
     if version != _VERSION:
         raise ValueError(f"{file}: version is {version!r}, this raymoe reads {_VERSION}; train it again")
-    known = {field.name: field.type for field in fields(PathShape)}
+    known = get_type_hints(PathShape)
     if not isinstance(shape, dict) or shape.keys() != known.keys():
         raise ValueError(f"{file}: shape must have exactly the fields {', '.join(known)}")
     for name, kind in known.items():
