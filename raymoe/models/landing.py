@@ -38,7 +38,7 @@ class Landing:
         """The bytes of `flat`, if the file's bytes can go there as they are."""
         if self.flat.dtype != self.dtype or self.flat.device.type != "cpu":
             return None
-        return memoryview(self.flat.view(torch.uint8).numpy())
+        return self.flat.view(torch.uint8).numpy().data
 
     def put(self, position: int, data: Tensor) -> None:
         """Takes `data` uint8, the bytes from `position` in the file on; pieces come in order."""
@@ -61,4 +61,4 @@ class Landing:
 
     def _sum(self, data: Tensor) -> None:
         if self.crc32 is not None:
-            self._found = zlib.crc32(data.numpy(), self._found)
+            self._found = zlib.crc32(data.numpy().data, self._found)

@@ -306,7 +306,7 @@ class CheckpointWriter:
 
 
 def _crc32(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _ties(model: PreTrainedModel) -> dict[str, str]:
