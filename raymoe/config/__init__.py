@@ -9,7 +9,7 @@ from raymoe.config.checkpoint import CheckpointConfig
 from raymoe.config.data import DataConfig, TokenizerConfig
 from raymoe.config.load import load_config, parse_config
 from raymoe.config.lora import LoraConfig
-from raymoe.config.memory import parse_memory
+from raymoe.config.memory import MemoryLimit, check_fits, memory_limit, parse_memory, total_memory
 from raymoe.config.serve import ServeConfig
 from raymoe.config.train import ExpertsConfig, ModelConfig, OptimizerConfig, TrainConfig
 from raymoe.config.workers import SnapshotConfig, WorkersConfig
@@ -20,6 +20,7 @@ __all__ = [
     "DataConfig",
     "ExpertsConfig",
     "LoraConfig",
+    "MemoryLimit",
     "ModelConfig",
     "OptimizerConfig",
     "ServeConfig",
@@ -28,7 +29,10 @@ __all__ = [
     "TokenizerConfig",
     "TrainConfig",
     "WorkersConfig",
+    "check_fits",
     "load_config",
+    "memory_limit",
     "parse_config",
     "parse_memory",
+    "total_memory",
 ]

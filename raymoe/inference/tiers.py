@@ -1,22 +1,46 @@
 """Where experts come from when they are not in the cache: the tiers below it, nearest first."""
 
-from typing import Protocol
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from raymoe.inference.tier_rate import TierRate, measure
 from raymoe.models import ExpertFiles
+
+_log = logging.getLogger(__name__)
+
+_PATIENCE = 3
+_FIRST_REST_S, _LONGEST_REST_S = 1.0, 60.0
 
 
 class ExpertSource(Protocol):
-    """A tier that holds every expert of the model. Called from several threads at once."""
+    """A tier that holds experts of the model. Called from several threads at once."""
 
     def read(self, layer: int, expert: int, out: Tensor) -> int:
         """Fills the flat `out` [numel of that layer's experts] with one expert, cast to its dtype.
 
         Returns:
             Bytes that the tier delivered.
+
+        Raises:
+            NotHeld: it does not have this expert (now); the next tier is asked, and nothing is wrong.
+            Exception: anything else is a failure; `out` then holds anything.
         """
         ...
+
+
+class NotHeld(LookupError):
+    """The tier does not have that expert."""
+
+
+class TierError(ValueError):
+    """No tier could deliver an expert; says what each of them answered."""
 
 
 class CheckpointTier:
@@ -27,3 +51,144 @@ class CheckpointTier:
 
     def read(self, layer: int, expert: int, out: Tensor) -> int:
         return self._files.read(layer, expert, out)
+
+    def probe(self, layer: int, expert: int, num_bytes: int) -> None:
+        """A request of a few bytes of an expert, so that `measure` can tell latency from bandwidth."""
+        self._files.probe(layer, expert, num_bytes)
+
+    def facts(self) -> dict[str, Any]:
+        """How the files are read (direct | dropped | cached, see `RangeReader`), and what the device was asked for."""
+        reader = self._files.reader
+        counters = reader.counters
+        return {
+            "mode": reader.mode,
+            "requests": counters.ranges,
+            "needed_bytes": counters.needed_bytes,
+            "device_bytes": counters.device_bytes,
+        }
+
+
+@dataclass
+class TierStats:
+    """What a tier has done so far."""
+
+    name: str
+    rate: TierRate | None = None
+    """As measured at the start; None: it was not."""
+    reads: int = 0
+    """Experts delivered."""
+    bytes: int = 0
+    seconds: float = 0.0
+    """Spent on what it delivered, summed over threads."""
+    absent: int = 0
+    """Experts that it did not have."""
+    failures: int = 0
+    passed_over: int = 0
+    """Experts it was not asked for because it failed several times in a row, and rests."""
+    last_error: str | None = None
+
+
+@dataclass
+class _Tier:
+    source: ExpertSource
+    stats: TierStats
+    failed_in_a_row: int = 0
+    rests_until_s: float = 0.0
+
+
+class Tiers:
+    """Several tiers as one, nearest first. Safe to use from several threads.
+
+    A tier that fails is answered for by the next one; each kind of failure is logged once. One that fails 3 times in a row is
+    left alone for a second, then two, up to a minute, so that a dead host does not cost its timeout at every expert. The
+    last tier is always asked.
+    """
+
+    def __init__(self, tiers: Mapping[str, ExpertSource]):
+        """`tiers`: by the name that logs and statistics use, nearest first."""
+        if not tiers:
+            raise ValueError("tiers: there must be at least one, the checkpoint's files")
+        self._tiers = [_Tier(source, TierStats(name)) for name, source in tiers.items()]
+        self._lock = threading.Lock()
+        self._logged: set[tuple[str, type]] = set()
+
+    def read(self, layer: int, expert: int, out: Tensor) -> int:
+        """Fills `out` from the nearest tier that can; see `ExpertSource.read`.
+
+        Raises:
+            TierError: none of them can.
+        """
+        answers = []
+        for tier in self._tiers:
+            if tier is not self._tiers[-1] and time.monotonic() < tier.rests_until_s:
+                with self._lock:
+                    tier.stats.passed_over += 1
+                answers.append(f"{tier.stats.name}: rests after {tier.stats.last_error}")
+                continue
+            begin_s = time.perf_counter()
+            try:
+                moved_bytes = tier.source.read(layer, expert, out)
+            except NotHeld:
+                with self._lock:
+                    tier.stats.absent += 1
+                answers.append(f"{tier.stats.name}: does not have it")
+            except AssertionError:
+                raise
+            except Exception as error:
+                self._failed(tier, layer, expert, error)
+                answers.append(f"{tier.stats.name}: {error}")
+            else:
+                with self._lock:
+                    tier.failed_in_a_row = 0
+                    tier.stats.reads += 1
+                    tier.stats.bytes += moved_bytes
+                    tier.stats.seconds += time.perf_counter() - begin_s
+                return moved_bytes
+        raise TierError(f"expert {expert} of MoE layer {layer}: no tier could deliver it ({'; '.join(answers)})")
+
+    def measure(
+        self, numel: Sequence[int], num_experts: Sequence[int], dtype: torch.dtype, *, limit_s: float = 0.3
+    ) -> dict[str, TierRate]:
+        """Measures every tier, `limit_s` seconds for all together, and keeps the rates in their statistics.
+
+        A tier that fails or holds nothing has no rate; the failure is logged.
+        """
+        rates = {}
+        for tier in self._tiers:
+            try:
+                rate = measure(tier.source, numel, num_experts, dtype, limit_s=limit_s / len(self._tiers))
+            except LookupError:
+                continue
+            except Exception as error:
+                self._failed(tier, -1, -1, error)
+                continue
+            with self._lock:
+                tier.stats.rate = rates[tier.stats.name] = rate
+        return rates
+
+    def stats(self) -> list[TierStats]:
+        """Of every tier, nearest first."""
+        with self._lock:
+            return [replace(tier.stats) for tier in self._tiers]
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """What tiers say of themselves, by name."""
+        return {t.stats.name: facts() for t in self._tiers if (facts := getattr(t.source, "facts", None)) is not None}
+
+    def _failed(self, tier: _Tier, layer: int, expert: int, error: Exception) -> None:
+        cause = (tier.stats.name, type(error))
+        with self._lock:
+            tier.stats.failures += 1
+            tier.stats.last_error = f"{type(error).__name__}: {error}"
+            tier.failed_in_a_row += 1
+            if tier.failed_in_a_row >= _PATIENCE:
+                rest_s = min(_FIRST_REST_S * 2.0 ** (tier.failed_in_a_row - _PATIENCE), _LONGEST_REST_S)
+                tier.rests_until_s = time.monotonic() + rest_s
+            is_new = cause not in self._logged
+            self._logged.add(cause)
+        if is_new:
+            where = f"expert {expert} of MoE layer {layer}" if layer >= 0 else "measuring it"
+            _log.warning(
+                "tier '%s' failed (%s): %s; the next tier answers, and more failures of this kind are only counted",
+                tier.stats.name, where, tier.stats.last_error,
+            )  # fmt: skip

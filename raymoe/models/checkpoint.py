@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from raymoe.models.byte_ranges import RangeReader
 from raymoe.models.config_file import build_on_meta, one_line, read_config
+from raymoe.models.landing import Landing, TensorReadError
 from raymoe.models.layers import MoELayer, expert_parameter_names, moe_layers
 from raymoe.models.names import CheckpointNames
+from raymoe.models.tensor_files import Span
 from raymoe.models.weight_files import WeightFiles, quantization_of
 
 _log = logging.getLogger(__name__)
@@ -28,6 +31,19 @@ class _Source(NamedTuple):
 
 _Sources = dict[tuple[str, int | None], list[_Source]]
 """By (`...experts.gate_up_proj`, expert), the expert being None where one tensor holds them all."""
+
+
+class _Part(NamedTuple):
+    """A tensor in the files, or a row of it, and where it begins in the flat expert, in elements."""
+
+    name: str
+    start: int
+    spans: tuple[Span, ...]
+
+    @property
+    def is_plain(self) -> bool:
+        """Its bytes are the expert's, but for a cast."""
+        return len(self.spans) == 1 and self.spans[0].is_aligned
 
 
 class ExpertFiles:
@@ -48,6 +64,7 @@ class ExpertFiles:
         """A layer's experts are one tensor in the files, not one or more tensors each."""
         self._files = files
         self._sources = sources
+        self._parts: dict[tuple[int, int], list[_Part]] = {}
         for layer in layers:
             for field in layer.layout.fields:
                 self._check(layer, f"{layer.name}.{field.name}", field.shape)
@@ -57,24 +74,71 @@ class ExpertFiles:
         """Of all experts together, in `dtype`."""
         return sum(layer.num_experts * layer.layout.numel for layer in self.layers) * self.dtype.itemsize
 
+    @property
+    def reader(self) -> RangeReader:
+        """What reads the files: how it does (`mode`) and what it has read (`counters`)."""
+        return self._files.reader
+
     def read(self, layer: int, expert: int, out: Tensor) -> int:
         """Fills `out` [numel], contiguous, with one expert, cast to its dtype; quantised ones are dequantised.
 
+        Parts that lie side by side in a file come with one request. After an error `out` holds anything. Checksums, where the
+        directory has some (`CheckpointWriter` writes them), are compared the first time that an expert is read: afterwards they
+        would cost more than the reading.
+
         Returns:
-            Bytes read from the file.
+            Bytes that the expert takes in the files.
+
+        Raises:
+            TensorReadError: they cannot be read, or are not what was written; names the file, the tensor and the expert.
         """
-        moved_bytes = 0
-        this = self.layers[layer]
-        for name, view in this.layout.views(out[None]).items():
-            parameter = f"{this.name}.{name}"
-            fused = self._sources.get((parameter, None))
-            start = 0
-            for source in fused or self._sources[parameter, expert]:
-                tensor, read_bytes = self._files.read(source.name, expert if fused else None)
-                stop = start + tensor.shape[0]
-                view[0, start:stop].copy_(tensor)
-                start, moved_bytes = stop, moved_bytes + read_bytes
+        parts = self._parts_of(layer, expert)
+        landings: list[Landing] = []
+        codes: list[tuple[_Part, list[Tensor]]] = []
+        for part in parts:
+            span = part.spans[0]
+            if part.is_plain:
+                landings.append(span.into(out[part.start : part.start + span.numel]))
+                continue
+            pieces = [torch.empty(span.num_bytes, dtype=torch.uint8) for span in part.spans]
+            landings += [span.into(piece) for span, piece in zip(part.spans, pieces, strict=True)]
+            codes.append((part, pieces))
+        try:
+            moved_bytes = self.reader.read(landings)
+        except TensorReadError as error:
+            raise TensorReadError(f"expert {expert} of {self.layers[layer].name}: {error}") from error
+        for part, raw in codes:
+            pieces = [piece.view(s.dtype).view(s.shape) for s, piece in zip(part.spans, raw, strict=True)]
+            weight = self._files.weight(part.name, pieces)
+            out[part.start : part.start + weight.numel()].view(weight.shape).copy_(weight)
+        if parts[0].spans[0].crc32 is not None:
+            self._parts[layer, expert] = [
+                part._replace(spans=tuple(s._replace(crc32=None) for s in part.spans)) for part in parts
+            ]
         return moved_bytes
+
+    def probe(self, layer: int, expert: int, num_bytes: int) -> None:
+        """Reads the first bytes of an expert and lets them go: to measure what the device does with a request that small."""
+        span = self._parts_of(layer, expert)[0].spans[0]
+        self.reader.probe(span.file, span.start, min(num_bytes, span.num_bytes))
+
+    def _parts_of(self, layer: int, expert: int) -> list[_Part]:
+        found = self._parts.get((layer, expert))
+        if found is None:
+            found = self._parts[layer, expert] = self._find_parts(self.layers[layer], expert)
+        return found
+
+    def _find_parts(self, layer: MoELayer, expert: int) -> list[_Part]:
+        parts = []
+        for field in layer.layout.fields:
+            parameter = f"{layer.name}.{field.name}"
+            fused = self._sources.get((parameter, None))
+            start = field.offset
+            for source in fused or self._sources[parameter, expert]:
+                spans = self._files.spans(source.name, expert if fused else None)
+                parts.append(_Part(source.name, start, spans))
+                start += field.numel // source.parts
+        return parts
 
     def _check(self, layer: MoELayer, parameter: str, shape: tuple[int, ...]) -> None:
         """Every expert is there, whole, and of the shape that the configuration says."""
@@ -98,7 +162,7 @@ class ExpertFiles:
 
 
 def load_without_experts(
-    path: Path | str, dtype: torch.dtype | None, device: torch.device | str = "cpu"
+    path: Path | str, dtype: torch.dtype | None, device: torch.device | str = "cpu", *, direct_io: bool = False
 ) -> tuple[PreTrainedModel, ExpertFiles]:
     """Opens a checkpoint with its dense weights in memory and its experts left in the files.
 
@@ -110,6 +174,7 @@ def load_without_experts(
         path: a Hugging Face directory with `config.json` and safetensors files.
         dtype: of the model and of the experts as they are read; None: what config.json says, or else the files' own.
         device: where the dense weights go.
+        direct_io: read past the page cache, now and whenever an expert is wanted, see `raymoe.models.byte_ranges`.
 
     Returns:
         (model in eval mode, whose expert parameters are on the meta device, its experts).
@@ -123,7 +188,7 @@ def load_without_experts(
     quantization = quantization_of(config)
     if quantization is not None:
         del config.quantization_config
-    files = WeightFiles(path, quantization)
+    files = WeightFiles(path, quantization, direct_io=direct_io)
     chosen = dtype or config.dtype or next(iter(files.dtypes.values()), torch.float32)
     assert isinstance(chosen, torch.dtype)
     model = build_on_meta(config, chosen, experts_implementation="raymoe")

@@ -15,7 +15,8 @@ _DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
-_ALIGN = 8
+# direct I/O reads whole blocks: experts that are whole blocks then come straight to where they are wanted
+_ALIGN = 4096
 
 
 class GrowingFile:
@@ -39,7 +40,7 @@ class GrowingFile:
             header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [self.num_bytes, end]}
             self._starts[name], self.num_bytes = self.num_bytes, end
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % _ALIGN)
+        text += b" " * (-(8 + len(text)) % _ALIGN)
         self._data_start = 8 + len(text)
         self._file = path.open("wb")
         self._file.write(struct.pack("<Q", len(text)) + text)

@@ -3,6 +3,7 @@
 A quantised weight is two tensors in the files, its codes and their scales; here it is one, and is dequantised as it is read.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from raymoe.models.tensor_files import TensorFiles
+from raymoe.models.tensor_files import Span, TensorFiles
 
 _FP8_SCALE = "_scale_inv"
 _MXFP4_BLOCKS, _MXFP4_SCALES = "_blocks", "_scales"
@@ -76,8 +77,9 @@ class WeightFiles:
         ValueError: what `TensorFiles` refuses, or codes without scales, or scales that do not fit; names the tensor.
     """
 
-    def __init__(self, path: Path, quantization: Quantization | None):
-        self._files = TensorFiles(path)
+    def __init__(self, path: Path, quantization: Quantization | None, *, direct_io: bool = False):
+        self._files = TensorFiles(path, direct_io=direct_io)
+        self.reader = self._files.reader
         self._block = quantization.block if quantization else (0, 0)
         has_mxfp4 = quantization is not None and quantization.method == "mxfp4"
         self._stored: dict[str, _Stored] = {}
@@ -110,17 +112,21 @@ class WeightFiles:
     def read(self, name: str, row: int | None = None) -> tuple[Tensor, int]:
         """A weight, or its `row` along the first dimension, and the bytes read. Dequantised weights come in fp32."""
         stored = self._stored[name]
-        codes = self._piece(stored.codes, row)
-        if stored.scales is None:
-            return codes, codes.nbytes
-        scales = self._piece(stored.scales, row)
-        weight = (
-            dequantize_mxfp4(codes, scales) if stored.form == "mxfp4" else dequantize_fp8(codes, scales, self._block)
-        )
-        return weight, codes.nbytes + scales.nbytes
+        pieces = [self._files.read(key, row) for key in (stored.codes, stored.scales) if key is not None]
+        return self.weight(name, pieces), sum(piece.nbytes for piece in pieces)
 
-    def _piece(self, key: str, row: int | None) -> Tensor:
-        return self._files.read(key) if row is None else self._files.read_row(key, row)
+    def spans(self, name: str, row: int | None = None) -> tuple[Span, ...]:
+        """Where a weight, or its `row`, lies: one span of a plain one, codes and scales of one that is quantised."""
+        stored = self._stored[name]
+        return tuple(self._files.span(key, row) for key in (stored.codes, stored.scales) if key is not None)
+
+    def weight(self, name: str, pieces: Sequence[Tensor]) -> Tensor:
+        """What the contents of its `spans` stand for, each in its span's dtype and shape."""
+        stored = self._stored[name]
+        if stored.form == "plain":
+            return pieces[0]
+        codes, scales = pieces
+        return dequantize_mxfp4(codes, scales) if stored.form == "mxfp4" else dequantize_fp8(codes, scales, self._block)
 
     def _fp8(self, key: str, quantization: Quantization | None) -> _Stored:
         entries = self._files.entries

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raymoe.models import switch
+from raymoe.models.checksums import Checksums, write_checksums
 from raymoe.models.growing_file import GrowingFile
 from raymoe.models.layers import MoELayer, expert_parameter_names, moe_layers
 from raymoe.models.names import original_experts, original_tensors
@@ -80,6 +82,7 @@ class CheckpointWriter:
         self._held: dict[str, Tensor] = {}
         self._growing: dict[str, GrowingFile] = {}
         self._elements: Counter[torch.dtype] = Counter()
+        self._checksums: Checksums = {}
         self._total_bytes = 0
         self._ties = _ties(model)
         self._tied_written: set[str] = set()
@@ -112,7 +115,7 @@ class CheckpointWriter:
         self._save(shard)
 
     def add_experts(self, layer: MoELayer, experts: Mapping[int, Tensor]) -> None:
-        """Writes some experts of a layer, in any order.
+        """Writes some experts of a layer, in any order; their checksums go beside the weights.
 
         Where a file holds an expert in tensors of its own, they are held back until they fill a shard; where it holds a layer's
         experts fused, each goes to its place in that layer's file at once.
@@ -134,6 +137,7 @@ class CheckpointWriter:
                 continue
             for name, tensor in apart.items():
                 ready = self._ready(name, tensor)
+                self._checksums[name, None] = _crc32(ready)
                 is_view = ready.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
                 self._held[name] = ready.clone() if is_view else ready
         if sum(tensor.nbytes for tensor in self._held.values()) >= self._max_shard_bytes:
@@ -173,6 +177,7 @@ class CheckpointWriter:
             self._total_bytes += file.num_bytes
         for name, row in rows.items():
             self._growing[layer.name].write(name, expert, row)
+            self._checksums[name, expert] = _crc32(row)
             self._elements[row.dtype] += row.numel()
         if self._growing[layer.name].is_whole:
             self._growing[layer.name].close()
@@ -264,6 +269,8 @@ class CheckpointWriter:
             (self._folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
         if self._model.generation_config is not None:
             self._model.generation_config.save_pretrained(self._folder)
+        if self._checksums:
+            write_checksums(self._folder, self._checksums)
         self._copy_side_files()
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(self._folder)
@@ -296,6 +303,10 @@ class CheckpointWriter:
             if hasattr(config, names_code):
                 delattr(config, names_code)
         config.save_pretrained(self._folder)
+
+
+def _crc32(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _ties(model: PreTrainedModel) -> dict[str, str]:
