@@ -9,6 +9,7 @@ oracle on the row's own demands would take at the rate measured for the files, o
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 import threading
@@ -25,16 +26,22 @@ from rich.table import Table
 
 from raymoe.benchmarks.inference_arms import ARMS, options_of
 from raymoe.benchmarks.inference_model import prompts, trained_model
+from raymoe.benchmarks.inference_rivals import SYSTEMS, measure
 from raymoe.inference import Delta, InferenceEngine, SamplingParams
 from raymoe.inference.replay import belady
+from raymoe.models import load_without_experts
 from raymoe.telemetry import write_json
 
 Row = dict[str, Any]
+_RIVAL_TOKENS = 12
 _COLUMNS = {
-    "arm": "", "budget": "", "batch": "d", "tokens_per_s": ".0f", "spread": "", "share_of_resident": ".1%", "bound": ".0f",
-    "bound_share": ".1%", "ttft_ms": ".0f", "itl_p50_ms": ".1f", "itl_p95_ms": ".1f", "bytes_per_token": ".3g",
-    "over_belady": ".2f", "wasted_bytes": ".3g", "hit_rate": ".1%", "experts_per_step": ".1f", "identical": "",
+    "arm": ("arm", "", 1), "tokens_per_s": ("tok/s", ".0f", 1), "spread": ("min-max", "", 1),
+    "share_of_resident": ("resident", ".0%", 1), "bound_share": ("bound", ".0%", 1), "ttft_ms": ("first ms", ".0f", 1),
+    "itl_p50_ms": ("p50 ms", ".1f", 1), "itl_p95_ms": ("p95 ms", ".1f", 1), "bytes_per_token": ("MB/tok", ".2f", 1e6),
+    "over_belady": ("Belady", ".2f", 1), "wasted_bytes": ("wasted MB", ".0f", 1e6), "hit_rate": ("hits", ".1%", 1),
+    "experts_per_step": ("experts", ".0f", 1), "identical": ("same", "", 1),
 }  # fmt: skip
+"""Of the printed table: title, format, unit."""
 
 
 @dataclass
@@ -82,6 +89,7 @@ def run(
     batches: Sequence[int],
     rounds: int,
     tokens: int,
+    rivals: Sequence[int],
     folder: Path | None,
     console: Console,
     command: str,
@@ -94,6 +102,7 @@ def run(
         budgets: percent of all experts.
         rounds: timed ones.
         tokens: generated for each request.
+        rivals: budgets, in percent, under which other systems run beside raymoe, one request at a time.
         folder: where the trained model is kept, or made; None: made anew.
 
     Raises:
@@ -113,8 +122,46 @@ def run(
             for batch in batches:
                 rows += _cell(model, names, budget, batch, asked[:batch], rounds, tokens)
                 console.print(_table([row for row in rows if row["budget"] == budget and row["batch"] == batch]))
+        for budget in rivals:
+            rows += _rivals(model, budget, asked, rounds, console)
     if json is not None:
         write_json(json, command, rows)
+    return rows
+
+
+def _rivals(model: Path, budget: int, asked: list[list[int]], rounds: int, console: Console) -> list[Row]:
+    """A row a system, in turns; ratios are of the rounds' own rates."""
+    layers = load_without_experts(model, torch.float32)[1].layers
+    budget_bytes = sum(layer.layout.numel * layer.num_experts * 4 for layer in layers) * budget // 100
+    rates: dict[str, list[float]] = {name: [] for name in SYSTEMS}
+    told: dict[str, dict[str, Any]] = {}
+    for number in range(rounds):
+        for name in SYSTEMS:
+            told[name] = found = measure(name, model, [asked[number % len(asked)]], _RIVAL_TOKENS, budget_bytes)
+            rates[name] += found["tokens_per_s"]
+    rows: list[Row] = [
+        {
+            "arm": name,
+            "budget": budget,
+            "batch": 1,
+            "tokens_per_s": statistics.median(rates[name]),
+            "spread": _spread(rates[name]),
+            "raymoe_over": statistics.median(
+                ours / theirs for ours, theirs in zip(rates["raymoe"], rates[name], strict=True)
+            ),
+            "bytes_per_token": told[name]["bytes_per_token"],
+            "identical": told[name]["tokens"] == told["raymoe"]["tokens"],
+            "limited_by": told[name]["limited_by"],
+        }
+        for name in SYSTEMS
+    ]
+    table = Table(
+        "system", "tok/s", "min-max", "raymoe over it", "MB/tok", "same", title=f"one request, {budget} % of experts"
+    )
+    for row in rows:
+        table.add_row(row["arm"], f"{row['tokens_per_s']:.2f}", row["spread"], f"{row['raymoe_over']:.1f}x",
+                      f"{row['bytes_per_token'] / 1e6:.1f}", str(row["identical"]))  # fmt: skip
+    console.print(table)
     return rows
 
 
@@ -157,7 +204,7 @@ def _generate(engine: InferenceEngine, asked: list[list[int]], tokens: int) -> _
     for _ in asked:
         done.acquire()
     wall_s = time.perf_counter() - began_s
-    gaps = [after - before for each in times for before, after in zip(each, each[1:], strict=False)]
+    gaps = [after - before for each in times for before, after in itertools.pairwise(each)]
     return _Round(wall_s, answers, [each[0] - began_s for each in times], gaps)
 
 
@@ -202,11 +249,16 @@ def _row(name: str, budget: int, batch: int, this: _Running, resident: _Running)
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{min(values):.0f}-{max(values):.0f}"
+    return f"{min(values):.3g}-{max(values):.3g}"
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    table = Table(*_COLUMNS)
+    table = Table(
+        *(title for title, _, _ in _COLUMNS.values()), title="budget {budget} %, batch {batch}".format(**rows[0])
+    )
     for row in rows:
-        table.add_row(*(format(row[name], style) if style else str(row[name]) for name, style in _COLUMNS.items()))
+        cells = [
+            format(row[name] / unit, style) if style else str(row[name]) for name, (_, style, unit) in _COLUMNS.items()
+        ]
+        table.add_row(*cells)
     return table

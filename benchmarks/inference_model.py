@@ -21,7 +21,7 @@ _PREDICTOR = {"sequences": 400, "sequence_length": 128, "steps": 300, "batch": 1
 
 
 def training_config(output: Path) -> TrainConfig:
-    """8 layers of 64 experts, 4 a token (a sixteenth, as in Qwen3-30B), 0.39 MB an expert in fp32; about 15 minutes on two cores."""
+    """8 layers of 64 experts, 4 a token (a sixteenth, as in Qwen3-30B), 0.39 MB an expert in fp32; half an hour on two cores."""
     return parse_config(
         TrainConfig,
         {
@@ -55,7 +55,7 @@ def trained_model(folder: Path, console: Console, command: str) -> Path:
     model = folder / "model"
     if not (model / "config.json").is_file():
         config = training_config(folder / "training")
-        session = ray_session(min_cpus=config.workers, own=True, dashboard=False)
+        session = ray_session(min_cpus=config.workers.max, own=True, dashboard=False)
         outcome = run_training(config, console, session, command)
         staged = folder / "model.part"
         shutil.rmtree(staged, ignore_errors=True)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -64,7 +64,7 @@ def measure(system: str, model: Path, prompts: list[list[int]], tokens: int, bud
     """Greedy generation, one prompt after another, in a fresh process under a memory limit.
 
     Returns:
-        {system, tokens_per_s: of each prompt, tokens: of each prompt, limited_by}.
+        {system, tokens_per_s: of each prompt, tokens: of each prompt, bytes_per_token: read from devices, limited_by}.
 
     Raises:
         RuntimeError: the process failed; has its last words.
@@ -86,13 +86,20 @@ def _main(system: str, model: Path, folder: Path, budget_bytes: int) -> None:
     # everything that is no expert has been touched, so that the limit is the experts' alone
     generate([asked["prompts"][0][:4]], 1)
     with _limited([*model.glob("*.safetensors"), *folder.rglob("*.dat")], budget_bytes) as limited_by:
-        answers, rates = [], []
+        answers, rates, before = [], [], _device_bytes()
         for prompt in asked["prompts"]:
             began_s = time.perf_counter()
             answers += generate([prompt], asked["tokens"])
             rates.append(len(answers[-1]) / (time.perf_counter() - began_s))
+        read_bytes = _device_bytes() - before
     close()
-    found = {"system": system, "tokens_per_s": rates, "tokens": answers, "limited_by": limited_by}
+    found = {
+        "system": system,
+        "tokens_per_s": rates,
+        "tokens": answers,
+        "bytes_per_token": read_bytes / sum(map(len, answers)),
+        "limited_by": limited_by,
+    }
     (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -133,7 +140,7 @@ def _with_generate(model: PreTrainedModel) -> Generate:
 
     def generate(prompts: list[list[int]], tokens: int) -> list[list[int]]:
         ids = torch.tensor(prompts)
-        out = model.generate(
+        out = cast(Any, model).generate(
             ids,
             max_new_tokens=tokens,
             min_new_tokens=tokens,
@@ -181,6 +188,12 @@ def _new_cgroup(limit_bytes: int) -> Path | None:
                 continue
             return group
     return None
+
+
+def _device_bytes() -> int:
+    """That this process has made the system read from devices."""
+    lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
 def _drop(file: Path) -> None:

@@ -200,11 +200,14 @@ def bench_elastic(
 
 @bench.command(name="inference")
 def bench_inference(
-    arms: Annotated[str | None, typer.Option(help="Names of raymoe.benchmarks.inference_arms, comma-separated.")] = None,
+    arms: Annotated[
+        str | None, typer.Option(help="Names of raymoe.benchmarks.inference_arms, comma-separated.")
+    ] = None,
     budgets: Annotated[str, typer.Option(help="Expert memory in percent, comma-separated.")] = "5,10,25,50,100",
     batches: Annotated[str, typer.Option(help="Requests at once, comma-separated.")] = "1,4,16,32",
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each engine.")] = 3,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each request.")] = 48,
+    rivals: Annotated[str, typer.Option(help="Budgets under which other systems run as well; '' for none.")] = "25",
     folder: Annotated[
         Path | None, typer.Option(help="Where the trained model is kept; it is made there if it is not.")
     ] = None,
@@ -213,7 +216,7 @@ def bench_inference(
     """Compare engines whose experts do not fit: caching, prediction, batching by routes, and what others do."""
     from raymoe.commands.bench import bench_inference as run
 
-    run(arms, budgets, batches, rounds, tokens, folder, shown_console(), shown_command(), json)
+    run(arms, budgets, batches, rounds, tokens, rivals, folder, shown_console(), shown_command(), json)
 
 
 def main() -> None:

@@ -71,6 +71,7 @@ def bench_inference(
     batches: str,
     rounds: int,
     tokens: int,
+    rivals: str,
     folder: Path | None,
     console: Console,
     command: str,
@@ -82,7 +83,8 @@ def bench_inference(
 
     names = arms.split(",") if arms else list(ARMS)
     percents, sizes = _numbers("--budgets", budgets), _numbers("--batches", batches)
-    benchmark.run(names, percents, sizes, rounds, tokens, folder, console, command, json)
+    others = _numbers("--rivals", rivals) if rivals else []
+    benchmark.run(names, percents, sizes, rounds, tokens, others, folder, console, command, json)
 
 
 def _on_cuda(shapes: str | None, tokens: str | None, tune: bool, output: Path, json: Path | None) -> None:

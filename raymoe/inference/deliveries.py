@@ -35,7 +35,7 @@ class Deliveries:
     """Turns the steps' outputs into each request's deltas. Safe to use from several threads."""
 
     def __init__(self, meter: Meter, cancel: Callable[[str], None], ended: Callable[[str], None]):
-        """`cancel`: makes the generation thread drop a request before its next step; `ended`: told of each that is over, on whatever
+        """`cancel`: makes the generation thread drop a request before its next step; `ended`: told of each that is over, from any
         thread."""
         self._meter = meter
         self._cancel = cancel

@@ -280,9 +280,7 @@ class InferenceEngine:
             "resident_experts": self.cache.resident,
             **asdict(total),
             "hit_rate": total.hit_rate,
-            "tiers": [
-                asdict(tier) | {"rate": tier.rate and tier.rate._asdict()} for tier in self._tiers.stats()
-            ],
+            "tiers": [asdict(tier) | {"rate": tier.rate and tier.rate._asdict()} for tier in self._tiers.stats()],
             "tier_facts": self._tiers.facts(),
             "prediction": self._foresight.report(),
             "grouping": self._batcher.scheduler.stats(),

@@ -5,7 +5,7 @@ L MoE layers, E experts, T tokens of a step, K choices per token, H hidden size.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,7 +103,9 @@ class Foresight:
         self._steps += 1
         self._tokens += len(requests)
         self._heard = [arm for arm in self._arms if arm.judge.is_on] if self._is_tight else []
-        self._publish({layer for arm in self._heard for layer in arm.ask(arm.predictor.step_begins, token_ids, requests)})
+        self._publish(
+            {layer for arm in self._heard for layer in arm.ask(arm.predictor.step_begins, token_ids, requests)}
+        )
 
     def routed(self, layer: int, hidden: Tensor, expert_index: Tensor, wanted: Sequence[int]) -> None:
         """A layer's router has decided: hidden [T, H] that entered the MoE layer, expert_index int64 [T, K], and the distinct
@@ -128,7 +130,11 @@ class Foresight:
     def report(self) -> dict[str, Any]:
         """Whether predictions move anything, why, and the quality of each predictor, as plain values."""
         return {
-            **(self._judge.report() if self._is_tight else {"state": "off", "is_on": False, "reason": "all is resident"}),
+            **(
+                self._judge.report()
+                if self._is_tight
+                else {"state": "off", "is_on": False, "reason": "all is resident"}
+            ),
             "predictors": [
                 {
                     "predictor": arm.predictor.name,

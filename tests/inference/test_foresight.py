@@ -96,16 +96,16 @@ def test_who_is_right_is_heeded_after_one_window():
 
 def test_who_is_wrong_is_no_longer_asked():
     predictor = Scripted(is_right=False)
-    foresight, cache = drive(predictor, 60)
+    foresight, _ = drive(predictor, 60)
     report = foresight.report()["predictors"][0]
     assert report["precision"] < 0.2
-    assert "worse" in report["reason"] or "+" in report["reason"], report
+    assert report["state"] != "on"
     # 60 steps of 4 calls, had it always been asked
     assert predictor.calls < 120
 
 
 def test_naming_everything_does_not_pay():
-    foresight, _ = drive(Everything(), 80)
+    foresight, _ = drive(Everything(), 80, slots=LAYERS)
     report = foresight.report()["predictors"][0]
     assert report["recall"] == 1.0
     assert report["state"] != "on"
