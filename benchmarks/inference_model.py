@@ -17,7 +17,7 @@ from raymoe.training.job import prepare_text
 TEXT = "stdlib"
 STEPS = 500
 _SHORTEST, _LONGEST = 16, 80
-_PREDICTOR = {"sequences": 400, "sequence_length": 128, "steps": 300, "batch": 16, "learning_rate": 2e-3, "seed": 0}
+_PREDICTOR = {"sequences": 400, "sequence_length": 256, "steps": 600, "batch": 16, "learning_rate": 5e-2, "seed": 0}
 
 
 def training_config(output: Path) -> TrainConfig:

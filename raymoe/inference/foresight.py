@@ -213,7 +213,7 @@ class Foresight:
             arm.spent_s, arm.useful, arm.useless = 0.0, 0, 0
             arm.said.clear()
             _tell(arm)
-        metrics.SERVE_PREDICTOR_ON.set(float(self._judge.is_on), predictor="all")
+        metrics.SERVE_PREDICTOR_HEEDED_RATIO.set(float(self._judge.is_on), predictor="all")
         if not any(arm.judge.is_on for arm in self._arms):
             self._merged.clear()
         self._steps = self._tokens = self._ghost_misses = self._ghost_bytes = 0
@@ -224,6 +224,6 @@ class Foresight:
 
 def _tell(arm: _Arm) -> None:
     name, window = arm.predictor.name, arm.quality.window
-    metrics.SERVE_PREDICTOR_ON.set(float(arm.judge.is_on), predictor=name)
-    metrics.SERVE_PREDICTOR_PRECISION.set(window.precision, predictor=name)
-    metrics.SERVE_PREDICTOR_RECALL.set(window.recall, predictor=name)
+    metrics.SERVE_PREDICTOR_HEEDED_RATIO.set(float(arm.judge.is_on), predictor=name)
+    metrics.SERVE_PREDICTOR_PRECISION_RATIO.set(window.precision, predictor=name)
+    metrics.SERVE_PREDICTOR_RECALL_RATIO.set(window.recall, predictor=name)

@@ -219,7 +219,10 @@ class CheckpointWriter:
             return
         self._shards.append(list(tensors))
         self._total_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        save_file(tensors, self._shard(len(self._shards)), metadata={"format": "pt"})
+        shard = self._shard(len(self._shards))
+        save_file(tensors, shard, metadata={"format": "pt"})
+        # safetensors makes files that nobody else may read; who may read the folder may read its files
+        shard.chmod(self._folder.stat().st_mode & 0o666)
 
     def _shard(self, number: int) -> Path:
         return self._folder / f"shard-{number}.safetensors"

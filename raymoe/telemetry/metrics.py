@@ -201,20 +201,20 @@ SERVE_EXPERT_WASTED_BYTES_TOTAL = Metric(
 SERVE_EXPERT_STALL_S_TOTAL = Metric(
     "raymoe_serve_expert_stall_s_total", kind="counter", help="Seconds that the computation waited for experts."
 )
-SERVE_PREDICTOR_ON = Metric(
-    "raymoe_serve_predictor_on",
+SERVE_PREDICTOR_HEEDED_RATIO = Metric(
+    "raymoe_serve_predictor_heeded_ratio",
     kind="gauge",
     help="1 while what a predictor says pays and is heeded, else 0; predictor 'all': whether predictions move anything.",
     tags=("predictor",),
 )
-SERVE_PREDICTOR_PRECISION = Metric(
-    "raymoe_serve_predictor_precision",
+SERVE_PREDICTOR_PRECISION_RATIO = Metric(
+    "raymoe_serve_predictor_precision_ratio",
     kind="gauge",
     help="Share of the experts a predictor named that were wanted, of late.",
     tags=("predictor",),
 )
-SERVE_PREDICTOR_RECALL = Metric(
-    "raymoe_serve_predictor_recall",
+SERVE_PREDICTOR_RECALL_RATIO = Metric(
+    "raymoe_serve_predictor_recall_ratio",
     kind="gauge",
     help="Share of the wanted experts that a predictor had named, of late.",
     tags=("predictor",),
