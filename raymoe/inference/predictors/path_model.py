@@ -5,7 +5,6 @@ B sequences, P prompt tokens, S decoded tokens, L MoE layers, E experts, D the n
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -16,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5Model
+
+from raymoe.telemetry.files import write_bytes, write_text
 
 WEIGHTS_FILE = "path_predictor.safetensors"
 FACTS_FILE = "path_predictor.json"
@@ -101,8 +102,8 @@ def save_path_network(network: PathNetwork, folder: Path, facts: dict[str, Any])
     weights = save(tensors, metadata={"format": "pt"})
     content = {"version": _VERSION, "weights": _digest(weights), "shape": asdict(network.shape), "facts": facts}
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    _write(folder / WEIGHTS_FILE, weights)
-    _write(folder / FACTS_FILE, text.encode())
+    write_bytes(folder / WEIGHTS_FILE, weights)
+    write_text(folder / FACTS_FILE, text)
 
 
 def load_path_network(
@@ -177,12 +178,3 @@ def _parameters(network: PathNetwork) -> dict[str, Tensor]:
 
 def _digest(content: bytes) -> str:
     return blake2b(content, digest_size=16).hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
