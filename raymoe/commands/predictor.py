@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from raymoe.commands.progress import stage
-from raymoe.commands.trace import _batches, _load, _look_at
+from raymoe.commands.traced_model import load_routed, look_at, text_batches
 from raymoe.inference.predictors.path_model import (
     FACTS_FILE,
     WEIGHTS_FILE,
@@ -80,9 +80,9 @@ def train_predictor(
         raise ValueError(f"learning_rate = {learning_rate}: must be above 0")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    config, layers = _look_at(model)
+    config, layers = look_at(model)
     with stage(console, "text") as say:
-        batches = _batches(model, config, data, 1, sequence_length, sequences, seed)
+        batches = text_batches(model, config, data, 1, sequence_length, sequences, seed)
         say(f"{batches.num_sequences:,} sequences of {sequence_length} tokens, of which {sequences:,} are used")
     text_config = config.get_text_config()
     shape = PathShape(
@@ -94,7 +94,7 @@ def train_predictor(
         **PathShape.scaled(text_config.hidden_size),
     )
     with stage(console, "routes") as say:
-        routes = record_routes(_load(model), batches, sequences)
+        routes = record_routes(load_routed(model), batches, sequences)
         say(
             f"{routes.tokens.numel():,} tokens x {shape.num_layers} layers x {shape.top_k} of {shape.num_experts} experts"
         )

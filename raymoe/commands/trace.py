@@ -12,19 +12,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from raymoe.commands.progress import stage
-from raymoe.models import MoELayer, moe_layers
+from raymoe.commands.traced_model import load_routed, look_at, text_batches
 from raymoe.models.record import RoutingRecorder
 from raymoe.placement.statistics import trace_statistics
 from raymoe.placement.trace import LoadTrace
 from raymoe.telemetry import TraceWriter, load_counts, write_json
-from raymoe.training.batches import Batches, pack, rank_slice
-from raymoe.training.text import read_documents
-from raymoe.training.tokenizer import load_tokenizer
+from raymoe.training.batches import Batches, rank_slice
 
 _COLUMNS = {
     "expert_max_mean": ("expert max", ".2f"),
@@ -75,12 +72,12 @@ def trace(
         raise ValueError(f"batch = {batch}: {ranks} ranks need at least a sequence each")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    config, layers = _look_at(model)
+    config, layers = look_at(model)
     with stage(console, "text") as say:
-        batches = _batches(model, config, data, batch, sequence_length, steps, seed)
+        batches = text_batches(model, config, data, batch, sequence_length, steps, seed)
         say(f"{batches.num_sequences:,} sequences of {sequence_length} tokens, of which {steps * batch:,} are used")
     with stage(console, "model") as say:
-        network = _load(model)
+        network = load_routed(model)
         say(
             f"{config.model_type}, {len(layers)} MoE layers x {layers[0].num_experts} experts, "
             f"{layers[0].top_k} a token, on {network.device.type}"
@@ -103,64 +100,6 @@ def statistics_rows(counts: LoadTrace) -> list[dict[str, Any]]:
         *({"layer": index, **trace_statistics(layer)} for index, layer in enumerate(layers)),
         {"layer": "all", **trace_statistics(counts)},
     ]
-
-
-def _look_at(model: Path) -> tuple[PretrainedConfig, list[MoELayer]]:
-    """Refuses what has no experts to record before any weight is read."""
-    if not model.is_dir():
-        raise ValueError(f"model directory {str(model)!r} does not exist")
-    try:
-        config = AutoConfig.from_pretrained(model, local_files_only=True)
-        with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(config)
-    except Exception as error:
-        raise ValueError(
-            f"{model}: transformers does not open it as a causal language model: {_one_line(error)}"
-        ) from None
-    layers = moe_layers(network)
-    sizes = sorted({(layer.num_experts, layer.top_k) for layer in layers})
-    if len(sizes) > 1:
-        raise ValueError(
-            f"{model}: its MoE layers differ in (experts, experts a token): {sizes}; a trace needs them alike"
-        )
-    return config, layers
-
-
-def _batches(
-    model: Path, config: PretrainedConfig, data: str, batch: int, sequence_length: int, steps: int, seed: int
-) -> Batches:
-    text_config = config.get_text_config()
-    longest = getattr(text_config, "max_position_embeddings", None)
-    if longest is not None and sequence_length > longest:
-        raise ValueError(f"sequence_length = {sequence_length}: the model takes at most {longest} tokens")
-    tokenizer = load_tokenizer(model)
-    stream = pack(read_documents(data), tokenizer, sequence_length)
-    if stream.tokens.max() >= text_config.vocab_size:
-        raise ValueError(
-            f"{model}: its tokenizer gives token {stream.tokens.max()}, but the model knows {text_config.vocab_size} only"
-        )
-    batches = Batches(stream, sequence_length, batch, seed)
-    if batches.num_sequences < steps * batch:
-        raise ValueError(
-            f"too little text: {batches.num_sequences} sequences of {sequence_length} tokens, but {steps} steps of {batch} take "
-            f"{steps * batch}. Give more text, or lower steps, batch or sequence_length."
-        )
-    return batches
-
-
-def _load(model: Path) -> PreTrainedModel:
-    try:
-        opened: Any = AutoModelForCausalLM.from_pretrained(
-            model, dtype="auto", local_files_only=True, experts_implementation="raymoe", output_loading_info=True
-        )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{model}: cannot read its weights: {_one_line(error)}") from None
-    network, loaded = opened
-    if loaded["missing_keys"]:
-        # transformers would draw them at random, and the routing with them
-        missing = sorted(loaded["missing_keys"])
-        raise ValueError(f"{model}: {len(missing)} tensors are missing from its files, the first is '{missing[0]}'")
-    return network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 @torch.inference_mode()
@@ -213,9 +152,3 @@ def _print_table(rows: list[dict[str, Any]], ranks: int, console: Console) -> No
         "that a rank's tokens left out; drift between steps, and ranks from their mean: total variation",
         style="dim",
     )
-
-
-def _one_line(error: Exception) -> str:
-    """The beginning of what transformers says, which may be pages."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."
