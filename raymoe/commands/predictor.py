@@ -25,7 +25,7 @@ from raymoe.inference.predictors.path_model import (
     vocabulary_hash,
 )
 from raymoe.inference.predictors.path_training import (
-    Routes,
+    RecordedRoutes,
     evaluate_most_frequent,
     evaluate_path_network,
     train_path_network,
@@ -119,7 +119,7 @@ def train_predictor(
 
 
 @torch.inference_mode()
-def record_routes(network: PreTrainedModel, batches: Batches, sequences: int) -> Routes:
+def record_routes(network: PreTrainedModel, batches: Batches, sequences: int) -> RecordedRoutes:
     """Runs the first so many sequences, and keeps which experts their tokens took.
 
     Args:
@@ -133,7 +133,7 @@ def record_routes(network: PreTrainedModel, batches: Batches, sequences: int) ->
             network.base_model(input_ids=part.to(network.device), use_cache=False)
             chosen = torch.stack(recorder.take(), dim=1)
             experts.append(chosen.unflatten(0, part.shape).to("cpu", torch.int16))
-    return Routes(tokens.clone(), torch.cat(experts).clone())
+    return RecordedRoutes(tokens.clone(), torch.cat(experts).clone())
 
 
 @contextmanager

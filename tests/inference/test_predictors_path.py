@@ -19,7 +19,7 @@ from raymoe.inference.predictors.path_model import (
     save_path_network,
 )
 from raymoe.inference.predictors.path_training import (
-    Routes,
+    RecordedRoutes,
     evaluate_most_frequent,
     evaluate_path_network,
     path_loss,
@@ -159,7 +159,7 @@ def test_loss_is_that_of_the_definition():
     assert path_loss(logits, torch.full_like(experts, 4)).item() == 0.0
 
 
-def routes_by_token(num_sequences: int, num_tokens: int) -> Routes:
+def routes_by_token(num_sequences: int, num_tokens: int) -> RecordedRoutes:
     """Layer 0 follows from the token, layer 1 from the token before it, layer 2 from nothing but the layer."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 40, (num_sequences, num_tokens), generator=generator)
@@ -167,7 +167,7 @@ def routes_by_token(num_sequences: int, num_tokens: int) -> Routes:
     for layer, known in enumerate((tokens, tokens.roll(1, 1), torch.zeros_like(tokens))):
         experts[:, :, layer, 0] = known % 5
         experts[:, :, layer, 1] = (known + 1) % 5
-    return Routes(tokens, experts)
+    return RecordedRoutes(tokens, experts)
 
 
 def test_it_learns_what_follows_from_the_tokens():
@@ -194,11 +194,11 @@ def test_training_needs_something_to_learn_from():
     tokens = torch.zeros(4, 1, dtype=torch.int64)
     shape = PathShape(**SIZES, vocabulary="", **SMALL)
     with pytest.raises(ValueError, match=r"sequences of 1 token\(s\): a prompt and an answer need at least 2"):
-        train_path_network(Routes(tokens, torch.zeros(4, 1, 3, 2)), shape, steps=1, batch=1, learning_rate=1e-3)
+        train_path_network(RecordedRoutes(tokens, torch.zeros(4, 1, 3, 2)), shape, steps=1, batch=1, learning_rate=1e-3)
     with pytest.raises(ValueError, match=r"1 sequence\(s\): training needs at least 2"):
-        Routes(tokens[:1], torch.zeros(1, 1, 3, 2)).split()
+        RecordedRoutes(tokens[:1], torch.zeros(1, 1, 3, 2)).split()
     with pytest.raises(ValueError, match=r"must be \[N, n, L, K\]"):
-        Routes(tokens, torch.zeros(4, 3, 2))
+        RecordedRoutes(tokens, torch.zeros(4, 3, 2))
     with pytest.raises(ValueError, match=r"learning_rate = 1e\+30: the loss is (nan|inf)"):
         train_path_network(routes_by_token(8, 6), shape, steps=9, batch=2, learning_rate=1e30)
 

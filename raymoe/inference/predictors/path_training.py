@@ -27,7 +27,7 @@ _TOGETHER = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Routes:
+class RecordedRoutes:
     """What the model did with its tokens.
 
     Raises:
@@ -45,7 +45,7 @@ class Routes:
                 f"experts {list(self.experts.shape)} must be [N, n, L, K] for tokens [N, n] = {list(self.tokens.shape)}"
             )
 
-    def split(self) -> tuple["Routes", "Routes"]:
+    def split(self) -> tuple["RecordedRoutes", "RecordedRoutes"]:
         """To train on, and every tenth to hold out (of fewer than ten, the last).
 
         Raises:
@@ -56,7 +56,9 @@ class Routes:
             raise ValueError(f"{count} sequence(s): training needs at least 2, as one is held out. Give more text.")
         held = torch.arange(count) % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
         held[-1] |= not held.any()
-        return Routes(self.tokens[~held], self.experts[~held]), Routes(self.tokens[held], self.experts[held])
+        return RecordedRoutes(self.tokens[~held], self.experts[~held]), RecordedRoutes(
+            self.tokens[held], self.experts[held]
+        )
 
 
 def path_loss(logits: Tensor, experts: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ def path_loss(logits: Tensor, experts: Tensor) -> Tensor:
 
 
 def train_path_network(
-    routes: Routes,
+    routes: RecordedRoutes,
     shape: PathShape,
     *,
     steps: int,
@@ -125,7 +127,7 @@ def train_path_network(
 
 @torch.no_grad()
 def evaluate_path_network(
-    network: PathNetwork, routes: Routes, *, expert_bytes: list[int], batch: int = 16
+    network: PathNetwork, routes: RecordedRoutes, *, expert_bytes: list[int], batch: int = 16
 ) -> list[dict[str, Any]]:
     """Quality on held-out sequences, cut in the middle: a row for single tokens, and one for the union of four sequences' tokens at
     the same position where there are four.
@@ -144,7 +146,7 @@ def evaluate_path_network(
 
 
 def evaluate_most_frequent(
-    train: Routes, held: Routes, shape: PathShape, *, expert_bytes: list[int]
+    train: RecordedRoutes, held: RecordedRoutes, shape: PathShape, *, expert_bytes: list[int]
 ) -> list[dict[str, Any]]:
     """The rows of `evaluate_path_network` for naming each layer's most frequent experts, whatever the token: the least that a
     predictor must beat."""
@@ -156,7 +158,7 @@ def evaluate_most_frequent(
     return _rows(share.expand(*decoded.shape, -1, -1), held, shape, expert_bytes)
 
 
-def _rows(said: Tensor, routes: Routes, shape: PathShape, expert_bytes: list[int]) -> list[dict[str, Any]]:
+def _rows(said: Tensor, routes: RecordedRoutes, shape: PathShape, expert_bytes: list[int]) -> list[dict[str, Any]]:
     """said: probability float32 [N, S, L, E] of the tokens from the middle on."""
     cut = _middle(routes)
     experts = routes.experts[:, cut : cut + said.shape[1]].long()
@@ -169,7 +171,7 @@ def _rows(said: Tensor, routes: Routes, shape: PathShape, expert_bytes: list[int
     return rows
 
 
-def _middle(routes: Routes) -> int:
+def _middle(routes: RecordedRoutes) -> int:
     return max(1, routes.tokens.shape[1] // 2)
 
 
