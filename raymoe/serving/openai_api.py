@@ -4,6 +4,7 @@ Strict at the door: an unknown argument, a wrong type, or one that we do not sup
 """
 
 import json
+from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
@@ -117,9 +118,9 @@ class _Request(_Part):
         return self
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """Of how many of the likeliest tokens to tell the log-probability, beside the drawn one's; None: of none."""
-        raise NotImplementedError
 
     @property
     def wants_usage(self) -> bool:

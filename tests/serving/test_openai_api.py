@@ -52,10 +52,14 @@ def test_stop_strings_and_log_probabilities_go_to_the_engine():
 
 
 def test_arguments_that_ask_for_nothing_are_taken():
-    completion(
+    plain = completion(
         n=1, best_of=1, echo=False, logprobs=None, presence_penalty=0, frequency_penalty=0.0, logit_bias={}, user="u"
     )
-    chat(n=1, tools=[], logprobs=False, response_format={"type": "text"}, tool_choice="none", parallel_tool_calls=True)
+    assert plain.sampling(9) == completion().sampling(9) == {"max_tokens": 9}
+    talk = chat(
+        n=1, tools=[], logprobs=False, response_format={"type": "text"}, tool_choice="none", parallel_tool_calls=True
+    )
+    assert talk.sampling(9) == chat().sampling(9) == {"max_tokens": 9}
 
 
 @pytest.mark.parametrize(

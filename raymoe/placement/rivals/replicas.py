@@ -5,6 +5,8 @@ L = MoE layers, E = experts, D = ranks, N = nodes, R = copies of a layer.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 
 from raymoe.placement.plan import Base, Dispatch, Plan
@@ -84,15 +86,15 @@ def sliced_base(copies: np.ndarray) -> Base:
     return Base.of_owners(copies.argmax(axis=2), copies.shape[2])
 
 
-class ResidentReplicas(PolicyDefaults):
+class ResidentReplicas(PolicyDefaults, ABC):
     """Policies whose copies live with their optimizer state where they are, and move every ``interval`` steps."""
 
     dispatch: Dispatch = "even"
     materialises = False
 
+    @abstractmethod
     def place(self, loads_LE: np.ndarray, state: PlacementState) -> np.ndarray:
         """Where the experts should live for these loads: uint8 [L, E, D]."""
-        raise NotImplementedError
 
     def start(self, base: Base, state: PlacementState) -> Base:
         """The placement for equal loads."""
