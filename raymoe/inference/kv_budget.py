@@ -1,12 +1,10 @@
 """How much of the paged KV cache may be used, changed while it is in use."""
 
-import ctypes
-import mmap
-import sys
 from math import ceil
 
-import torch
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+from raymoe.inference.pages import give_back
 
 
 class KvBudget:
@@ -52,20 +50,11 @@ class KvBudget:
             pool.try_to_free_sectors()
         taken = [pool.free_sectors.pop() for _ in range(min(missing, pool.num_free_sectors))]
         self._withheld += taken
-        if self._cache.cache_tensor.device.type == "cpu" and sys.platform == "linux":
-            _give_back(self._cache.cache_tensor, taken, self._cache.bytes_per_sector)
+        memory, size = self._cache.cache_tensor, self._cache.bytes_per_sector
+        if memory.device.type == "cpu":
+            for sector in taken:
+                give_back(memory.data_ptr() + sector * size, size)
 
     @property
     def _target(self) -> int:
         return self._most - ceil(self._most * self.tokens / self.most_tokens)
-
-
-def _give_back(memory: torch.Tensor, sectors: list[int], bytes_per_sector: int) -> None:
-    """Drops the whole pages of these sectors; they read as zeros when they are touched again."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    for sector in sectors:
-        start = memory.data_ptr() + sector * bytes_per_sector
-        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        num_bytes = (start + bytes_per_sector) // mmap.PAGESIZE * mmap.PAGESIZE - first
-        if num_bytes > 0 and libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(num_bytes), mmap.MADV_DONTNEED):
-            raise OSError(ctypes.get_errno(), "madvise on the KV cache failed")

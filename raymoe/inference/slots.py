@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from raymoe.config import parse_memory
+from raymoe.inference.pages import give_back
 
 
 def slots_for(budget: str | int, num_experts: int, expert_bytes: int) -> int:
@@ -37,10 +38,9 @@ class SlotPool:
         """Reserves slots of `numel` elements each."""
         self._most = most if device.type == "cpu" else now
         self._stride_bytes = numel * dtype.itemsize
-        self._memory: mmap.mmap | None = None
         if device.type == "cpu":
-            self._memory = mmap.mmap(-1, self._most * self._stride_bytes)
-            self.tensor: Tensor = torch.frombuffer(self._memory, dtype=dtype).view(self._most, numel)
+            memory = mmap.mmap(-1, self._most * self._stride_bytes)
+            self.tensor: Tensor = torch.frombuffer(memory, dtype=dtype).view(self._most, numel)
         else:
             self.tensor = torch.zeros(self._most, numel, dtype=dtype, device=device)
         self._free = list(range(self._most - 1, -1, -1))
@@ -79,10 +79,5 @@ class SlotPool:
         self.limit = limit
 
     def _discard(self, slot: int) -> None:
-        if self._memory is None:
-            return
-        # whole pages only: what shares one with a neighbour stays
-        first = -(-slot * self._stride_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        last = (slot + 1) * self._stride_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-        if last > first:
-            self._memory.madvise(mmap.MADV_DONTNEED, first, last - first)
+        if self.tensor.device.type == "cpu":
+            give_back(self.tensor.data_ptr() + slot * self._stride_bytes, self._stride_bytes)
