@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raymoe.inference import EngineError, SamplingParams
-from raymoe.inference.kv_budget import _give_back
+from raymoe.inference.pages import give_back
 from tests.inference.conftest import generate_alone, random_prompts
 from tests.inference.test_engine import Inbox
 
@@ -92,7 +92,7 @@ def test_an_engine_that_has_ended_has_no_size(make_engine):
 
 def test_memory_that_is_given_back_reads_as_zeros_and_nothing_else_changes():
     memory = torch.ones(8 << 20, dtype=torch.uint8)
-    _give_back(memory, [1, 2], 1 << 20)
+    give_back(memory.data_ptr() + (1 << 20), 2 << 20)
     pages = memory.view(-1, 1 << 20)
     # whole pages only: the two ends may keep theirs
     assert pages[1, 4096:-4096].sum() == pages[2, 4096:-4096].sum() == 0
