@@ -4,6 +4,7 @@ import random
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import psutil
@@ -55,6 +56,13 @@ def use(cache: ExpertCache, layer: int, experts: list[int]) -> list[int]:
             assert (cache.pool[slot] == 100 * layer + expert).all(), (layer, expert)
         seen += group
     return seen
+
+
+def run_threads(count: int, work) -> None:
+    """`work(random.Random)` on so many threads; what fails there fails here."""
+    with ThreadPoolExecutor(count) as threads:
+        for done in [threads.submit(work, random.Random(seed)) for seed in range(count)]:
+            done.result(timeout=60)
 
 
 requests = st.lists(
@@ -142,25 +150,14 @@ def test_a_failed_read_leaves_the_cache_usable():
 @pytest.mark.parametrize("slots", [1, 2, 5])
 def test_threads_never_see_a_slot_change_under_them(slots):
     cache = make_cache(slots, NumberedExperts(delay_s=0.0002))
-    failures = []
 
-    def work(seed):
-        rng = random.Random(seed)
-        try:
-            for _ in range(30):
-                layer = rng.randrange(LAYERS)
-                experts = rng.sample(range(EXPERTS), rng.randrange(1, 4))
-                assert sorted(use(cache, layer, experts)) == sorted(experts)
-        except BaseException as error:
-            failures.append(error)
+    def work(rng):
+        for _ in range(30):
+            layer = rng.randrange(LAYERS)
+            experts = rng.sample(range(EXPERTS), rng.randrange(1, 4))
+            assert sorted(use(cache, layer, experts)) == sorted(experts)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert not any(thread.is_alive() for thread in threads)
-    assert not failures
+    run_threads(4, work)
 
 
 def test_two_threads_that_want_the_same_expert_read_it_once():
@@ -333,30 +330,19 @@ def test_memory_that_the_budget_loses_is_given_back():
 @pytest.mark.parametrize("slots", [1, 3, 7])
 def test_threads_readers_wishes_and_budgets_at_once(busy_cache, slots):
     cache = busy_cache(slots, NumberedExperts(delay_s=0.0002))
-    failures = []
 
-    def work(seed):
-        rng = random.Random(seed)
-        try:
-            for _ in range(40):
-                layer = rng.randrange(LAYERS)
-                keys = [(rng.randrange(LAYERS), rng.randrange(EXPERTS)) for _ in range(4)]
-                cache.expect(layer, {rng.randrange(EXPERTS): rng.random()})
-                cache.wish(keys)
-                if rng.random() < 0.2:
-                    cache.set_budget(rng.randrange(1, ALL) * NUMEL * 4)
-                experts = rng.sample(range(EXPERTS), rng.randrange(1, 5))
-                assert sorted(use(cache, layer, experts)) == sorted(experts)
-        except BaseException as error:
-            failures.append(error)
+    def work(rng):
+        for _ in range(40):
+            layer = rng.randrange(LAYERS)
+            keys = [(rng.randrange(LAYERS), rng.randrange(EXPERTS)) for _ in range(4)]
+            cache.expect(layer, {rng.randrange(EXPERTS): rng.random()})
+            cache.wish(keys)
+            if rng.random() < 0.2:
+                cache.set_budget(rng.randrange(1, ALL) * NUMEL * 4)
+            experts = rng.sample(range(EXPERTS), rng.randrange(1, 5))
+            assert sorted(use(cache, layer, experts)) == sorted(experts)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert not any(thread.is_alive() for thread in threads)
-    assert not failures
+    run_threads(3, work)
     total = cache.total
     assert total.fetched_bytes % (NUMEL * 4) == 0
     assert not cache._pins
