@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from raymoe.placement.cluster import ClusterSpec
+from raymoe.placement.memory import BUFFERED_LAYERS
 from raymoe.placement.workload import Workload
 
 RESERVE = 0.1
 """Share of a memory that stays free for the runtime, the allocator and communication buffers."""
-
-_BUFFERED_LAYERS = 2
 
 
 class ModelNumbers(Protocol):
@@ -142,8 +141,8 @@ def fit_training(
         activation_bytes=activations,
         recompute=recompute,
         devices_needed=needed(activations),
-        extra_slots=min(spare // (model.layers * copy + _BUFFERED_LAYERS * gradient), model.experts),
-        extra_slots_rematerialised=min(spare // (_BUFFERED_LAYERS * (copy + gradient)), model.experts),
+        extra_slots=min(spare // (model.layers * copy + BUFFERED_LAYERS * gradient), model.experts),
+        extra_slots_rematerialised=min(spare // (BUFFERED_LAYERS * (copy + gradient)), model.experts),
     )
 
 

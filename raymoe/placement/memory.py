@@ -7,7 +7,7 @@ import numpy as np
 from raymoe.placement.plan import Plan
 from raymoe.placement.workload import Workload
 
-_BUFFERED_LAYERS = 2
+BUFFERED_LAYERS = 2
 """Layers whose copies, or whose copies' gradients, exist at once when they are freed layer by layer."""
 
 
@@ -23,11 +23,11 @@ def expert_memory(plan: Plan, workload: Workload) -> np.ndarray:
         num_devices = plan.copies.shape[-1]
         slices = plan.owners.size * (each + workload.state_bytes) // num_devices
         copies_LD = plan.copies.sum(axis=1, dtype=np.int64)
-        kept_D = _BUFFERED_LAYERS * copies_LD.max(axis=0) if workload.rematerialise else copies_LD.sum(axis=0)
+        kept_D = BUFFERED_LAYERS * copies_LD.max(axis=0) if workload.rematerialise else copies_LD.sum(axis=0)
         return slices + kept_D * each
     living_D = plan.resident.sum(axis=(0, 1), dtype=np.int64) * (each + workload.state_bytes)
     copies_LD = (plan.copies > plan.resident).sum(axis=1, dtype=np.int64)
     if workload.rematerialise:
-        return living_D + _BUFFERED_LAYERS * copies_LD.max(axis=0) * each
-    gradients_D = _BUFFERED_LAYERS * copies_LD.max(axis=0) * workload.gradient_bytes
+        return living_D + BUFFERED_LAYERS * copies_LD.max(axis=0) * each
+    gradients_D = BUFFERED_LAYERS * copies_LD.max(axis=0) * workload.gradient_bytes
     return living_D + copies_LD.sum(axis=0) * workload.expert_bytes + gradients_D
