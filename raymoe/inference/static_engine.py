@@ -22,7 +22,7 @@ from raymoe.inference.experts import CachedExperts
 from raymoe.inference.predictors.path_predictor import PathPredictor
 from raymoe.inference.static_forward import DecoderForward, EncoderDecoderForward, Foreknowledge, RoutedRows
 from raymoe.inference.static_grouping import UnitOptions, UnitRoutes, UnitScheduler
-from raymoe.inference.static_sampling import Choosing, Sequence_
+from raymoe.inference.static_sampling import Choosing, StaticSequence
 from raymoe.inference.static_unit import Unit, UnitCounters
 from raymoe.inference.tiers import CheckpointTier
 from raymoe.models import MoELayer, attach_runtime, load_without_experts, warm_up_layers
@@ -124,7 +124,8 @@ class StaticEngine:
         config = self._model.config.get_text_config()
         self._vocab_size: int = config.vocab_size
         self._positions: int | None = getattr(config, "max_position_embeddings", None)
-        self._is_encoder_decoder = bool(self._model.config.is_encoder_decoder)
+        self.is_encoder_decoder = bool(self._model.config.is_encoder_decoder)
+        """Answers do not continue their inputs."""
         self.cache = ExpertCache(
             CheckpointTier(files),
             numel=[layer.layout.numel for layer in layers],
@@ -140,13 +141,13 @@ class StaticEngine:
         self._rows = RoutedRows(CachedExperts(self.cache, layers), first, foretelling)
         attach_runtime(self._model, self._rows)
         warm_up_layers(layers, torch_dtype, torch.device(device), is_training=False)
-        forward = EncoderDecoderForward if self._is_encoder_decoder else DecoderForward
+        forward = EncoderDecoderForward if self.is_encoder_decoder else DecoderForward
         self._forward = forward(self._model, self._rows)
         self._expert_bytes = [layer.layout.numel * torch_dtype.itemsize for layer in self._decoder_layers]
         self._names = itertools.count()
         self.counters = UnitCounters()
         self._grouping: dict[str, Any] = {"state": "off", "reason": "nothing was run yet"}
-        self._facts = {
+        self.facts = {
             "model_type": self._model.config.model_type,
             "dtype": dtype,
             "device": device,
@@ -155,6 +156,7 @@ class StaticEngine:
             "num_experts": self.cache.num_experts,
             "expert_bytes": self.cache.slot_bytes,
         }
+        """What the engine was made with, as plain values."""
 
     def __enter__(self) -> "StaticEngine":
         return self
@@ -222,6 +224,16 @@ class StaticEngine:
             finally:
                 unit.close()
 
+    def check(self, inputs: Iterable[StaticInput], config: GenerationConfig | None = None) -> None:
+        """Refuses what `run` would refuse, before anything is computed.
+
+        Raises:
+            ValueError: as `run`, of the first input that it is about.
+        """
+        choosing = Choosing(self._model, config)
+        for number, given in enumerate(inputs):
+            self._check(choosing, given, given.place or f"input {number}")
+
     def generate(self, inputs: Sequence[Sequence[int]], *, seed: int = 0, **options: Any) -> list[list[int]]:
         """New tokens of all inputs, in their order; for scripts and tests.
 
@@ -241,7 +253,7 @@ class StaticEngine:
     def stats(self) -> dict[str, Any]:
         """What the engine is and has done so far, as plain values."""
         return {
-            **self._facts,
+            **self.facts,
             "budget_bytes": self.cache.budget_bytes,
             "slots": self.cache.num_slots,
             "cache": asdict(self.cache.total),
@@ -272,18 +284,21 @@ class StaticEngine:
         )
         return UnitScheduler(routes, batch_size, options, expert_bytes=self._expert_bytes)
 
-    def _sequence(self, choosing: Choosing, number: int, given: StaticInput) -> Sequence_:
-        tokens, place = list(given.tokens), given.place or f"input {number}"
-        if not tokens:
+    def _check(self, choosing: Choosing, given: StaticInput, place: str) -> None:
+        if not given.tokens:
             raise ValueError(f"{place}: it is empty; generation needs at least one token")
-        unknown = next((token for token in tokens if not 0 <= token < self._vocab_size), None)
+        unknown = next((token for token in given.tokens if not 0 <= token < self._vocab_size), None)
         if unknown is not None:
             raise ValueError(f"{place}: token {unknown} is not in the model's vocabulary of {self._vocab_size}")
-        sequence = choosing.begin(number, f"sequence-{next(self._names)}", tokens, given.seed, place)
-        wanted = len(sequence.past) + sequence.limit
-        if self._positions is not None and not self._is_encoder_decoder and wanted > self._positions:
+        num_new = choosing.most_tokens(given.tokens, place)
+        wanted = len(given.tokens) + num_new
+        if self._positions is not None and not self.is_encoder_decoder and wanted > self._positions:
             raise ValueError(
-                f"{place}: {len(sequence.past)} tokens and an answer of up to {sequence.limit} are {wanted}, but the model has "
+                f"{place}: {len(given.tokens)} tokens and an answer of up to {num_new} are {wanted}, but the model has "
                 f"{self._positions} positions; shorten the input or lower max_new_tokens"
             )
-        return sequence
+
+    def _sequence(self, choosing: Choosing, number: int, given: StaticInput) -> StaticSequence:
+        place = given.place or f"input {number}"
+        self._check(choosing, given, place)
+        return choosing.begin(number, f"sequence-{next(self._names)}", given.tokens, given.seed, place)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_outputs import MoEModelOutput
 
-from raymoe.inference.static_sampling import Sequence_
+from raymoe.inference.static_sampling import StaticSequence
 from raymoe.models import ExpertsRuntime, MoELayer
 
 
@@ -57,7 +57,7 @@ class RoutedRows:
         """The next forward pass is an encoder's; mask [B, S], 0 is padding."""
         self._is_real = _unless_all(mask)
 
-    def decoding(self, ids: Tensor, sequences: Sequence[Sequence_], mask: Tensor | None = None) -> None:
+    def decoding(self, ids: Tensor, sequences: Sequence[StaticSequence], mask: Tensor | None = None) -> None:
         """The next forward pass is a decoder's: ids int64 [B, S]; mask [B, S], 0 is padding; None: there is none."""
         self._is_real = None if mask is None else _unless_all(mask)
         lengths = [ids.shape[1]] * len(sequences) if mask is None else mask.sum(dim=1).tolist()
@@ -66,10 +66,11 @@ class RoutedRows:
         if self._foreknowledge is not None:
             self._foreknowledge.step_begins(self._real(ids.flatten()), self._names)
 
-    def ended(self, sequences: Sequence[Sequence_]) -> None:
+    def ended(self, sequences: Sequence[StaticSequence]) -> None:
         """They are over."""
-        for sequence in sequences if self._foreknowledge is not None else ():
-            self._foreknowledge.ended(sequence.name)
+        if self._foreknowledge is not None:
+            for sequence in sequences:
+                self._foreknowledge.ended(sequence.name)
 
     def __call__(self, layer: MoELayer, hidden: Tensor, expert_index: Tensor, expert_weight: Tensor) -> Tensor:
         """As an `ExpertsRuntime`."""
@@ -94,11 +95,11 @@ class RoutedRows:
 class Forward(Protocol):
     """Runs batches of sequences that have `width` places for a prompt each."""
 
-    def begin(self, sequences: Sequence[Sequence_], width: int) -> tuple[Cache, Tensor]:
+    def begin(self, sequences: Sequence[StaticSequence], width: int) -> tuple[Cache, Tensor]:
         """Reads the prompts: (their keys and values, logits float32 [B, V] of the first new tokens)."""
         ...
 
-    def step(self, cache: Cache, sequences: Sequence[Sequence_], width: int) -> Tensor:
+    def step(self, cache: Cache, sequences: Sequence[StaticSequence], width: int) -> Tensor:
         """Computes the last token of each sequence: logits float32 [B, V] of the next one."""
         ...
 
@@ -111,7 +112,7 @@ class DecoderForward:
         self._rows = rows
 
     @torch.inference_mode()
-    def begin(self, sequences: Sequence[Sequence_], width: int) -> tuple[Cache, Tensor]:
+    def begin(self, sequences: Sequence[StaticSequence], width: int) -> tuple[Cache, Tensor]:
         pad = width - _lengths([s.past for s in sequences], self._model.device)
         mask = (torch.arange(width, device=pad.device) >= pad[:, None]).long()
         ids = _tensor([[0] * (width - len(s.past)) + s.past for s in sequences], self._model.device)
@@ -120,7 +121,7 @@ class DecoderForward:
         return cache, self._run(ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0), cache)
 
     @torch.inference_mode()
-    def step(self, cache: Cache, sequences: Sequence[Sequence_], width: int) -> Tensor:
+    def step(self, cache: Cache, sequences: Sequence[StaticSequence], width: int) -> Tensor:
         ids = _tensor([[s.tokens[-1]] for s in sequences], self._model.device)
         pad = width - _lengths([s.past for s in sequences], self._model.device)
         num_new = len(sequences[0].tokens)
@@ -148,7 +149,7 @@ class EncoderDecoderForward:
         self._rows = rows
 
     @torch.inference_mode()
-    def begin(self, sequences: Sequence[Sequence_], width: int) -> tuple[Cache, Tensor]:
+    def begin(self, sequences: Sequence[StaticSequence], width: int) -> tuple[Cache, Tensor]:
         longest = max(len(s.prompt) for s in sequences)
         mask = self._mask(sequences, longest)
         ids = _tensor([s.prompt + [0] * (longest - len(s.prompt)) for s in sequences], self._model.device)
@@ -160,12 +161,12 @@ class EncoderDecoderForward:
         return cache, self._decode(cache, sequences, hidden)
 
     @torch.inference_mode()
-    def step(self, cache: Cache, sequences: Sequence[Sequence_], width: int) -> Tensor:
+    def step(self, cache: Cache, sequences: Sequence[StaticSequence], width: int) -> Tensor:
         # its keys and values are in the cache, and only its shape is looked at any more
         stand_in = torch.zeros(1, 1, 1, device=self._model.device, dtype=self._model.dtype)
         return self._decode(cache, sequences, stand_in.expand(len(sequences), width, -1))
 
-    def _decode(self, cache: Cache, sequences: Sequence[Sequence_], hidden: Tensor) -> Tensor:
+    def _decode(self, cache: Cache, sequences: Sequence[StaticSequence], hidden: Tensor) -> Tensor:
         ids = _tensor([[s.tokens[-1] if s.tokens else s.past[-1]] for s in sequences], self._model.device)
         self._rows.decoding(ids, sequences)
         out = self._model(
@@ -177,7 +178,7 @@ class EncoderDecoderForward:
         )
         return out.logits[:, -1].float()
 
-    def _mask(self, sequences: Sequence[Sequence_], width: int) -> Tensor:
+    def _mask(self, sequences: Sequence[StaticSequence], width: int) -> Tensor:
         lengths = _lengths([s.prompt for s in sequences], self._model.device)
         return (torch.arange(width, device=lengths.device) < lengths[:, None]).long()
 

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
-from transformers.generation import (
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.logits_process import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     InfNanRemoveLogitsProcessor,
@@ -23,7 +24,6 @@ from transformers.generation import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
-from transformers.generation.configuration_utils import GenerationMode
 
 from raymoe.inference.requests import SamplingParams
 from raymoe.inference.sampling import sample, uniform
@@ -49,7 +49,7 @@ _UNSUPPORTED = {
 
 
 @dataclass(eq=False)
-class Sequence_:
+class StaticSequence:
     """One that decodes."""
 
     number: int
@@ -63,7 +63,8 @@ class Sequence_:
     seed: int
     limit: int
     """Most new tokens."""
-    processors: LogitsProcessorList
+    processors: Any
+    """transformers' list of them, made for this sequence."""
     tokens: list[int] = field(default_factory=list)
     """New ones."""
     reason: Literal["stop", "length"] | None = None
@@ -97,28 +98,35 @@ class Choosing:
         self.end_ids = end_tokens(self._config.eos_token_id)
         self._is_greedy = not self._config.do_sample
 
-    def begin(self, number: int, name: str, prompt: Sequence[int], seed: int, place: str) -> Sequence_:
-        """A sequence that has no new token yet.
+    def most_tokens(self, prompt: Sequence[int], place: str) -> int:
+        """New tokens that the answer to a prompt may have.
 
         Args:
             place: how an error names the input.
 
         Raises:
-            ValueError: the prompt leaves no room for a token.
+            ValueError: the prompt leaves no room for one.
         """
-        past = list(prompt)
-        if self._is_encoder_decoder:
-            past = [int(self._config._decoder_start_token_tensor)]
-        limit = self._limit(len(past))
+        num_past = 1 if self._is_encoder_decoder else len(prompt)
+        if self._config.max_new_tokens is not None:
+            return self._config.max_new_tokens
+        limit = _DEFAULT_TOKENS if self._max_length is None else self._max_length - num_past
         if limit < 1:
             raise ValueError(
-                f"{place}: {len(past)} tokens leave no room for an answer, as max_length is {self._max_length}; give "
+                f"{place}: {num_past} tokens leave no room for an answer, as max_length is {self._max_length}; give "
                 "max_new_tokens instead"
             )
-        return Sequence_(number, name, list(prompt), past, seed, limit, self._processors(list(prompt), past, limit))
+        return limit
+
+    def begin(self, number: int, name: str, prompt: Sequence[int], seed: int, place: str) -> StaticSequence:
+        """A sequence that has no new token yet; see `most_tokens`."""
+        past = [int(self._config._decoder_start_token_tensor)] if self._is_encoder_decoder else list(prompt)
+        limit = self.most_tokens(prompt, place)
+        processors = self._processors(list(prompt), past, limit)
+        return StaticSequence(number, name, list(prompt), past, seed, limit, processors)
 
     @torch.inference_mode()
-    def choose(self, sequences: Sequence[Sequence_], logits: Tensor) -> None:
+    def choose(self, sequences: Sequence[StaticSequence], logits: Tensor) -> None:
         """Appends a token to each sequence and says which of them are over; logits [R, V] float32, one row each."""
         scores = self._processed(sequences, logits)
         if self._is_greedy:
@@ -133,12 +141,7 @@ class Choosing:
             elif len(sequence.tokens) >= sequence.limit:
                 sequence.reason = "length"
 
-    def _limit(self, num_past: int) -> int:
-        if self._config.max_new_tokens is not None:
-            return self._config.max_new_tokens
-        return _DEFAULT_TOKENS if self._max_length is None else self._max_length - num_past
-
-    def _processors(self, prompt: list[int], past: list[int], limit: int) -> LogitsProcessorList:
+    def _processors(self, prompt: list[int], past: list[int], limit: int) -> Any:
         config = copy.copy(self._config)
         config.max_length = len(past) + limit
         if config.min_new_tokens is not None:
@@ -151,7 +154,7 @@ class Choosing:
             model_kwargs={},
         )
 
-    def _processed(self, sequences: Sequence[Sequence_], logits: Tensor) -> Tensor:
+    def _processed(self, sequences: Sequence[StaticSequence], logits: Tensor) -> Tensor:
         first = sequences[0].processors
         if not first:
             return logits

@@ -24,7 +24,7 @@ from raymoe.inference.static_cache import (
 )
 from raymoe.inference.static_forward import Forward
 from raymoe.inference.static_grouping import UnitScheduler
-from raymoe.inference.static_sampling import Choosing, Sequence_
+from raymoe.inference.static_sampling import Choosing, StaticSequence
 
 
 @dataclass
@@ -63,7 +63,7 @@ class UnitCounters:
 
 @dataclass
 class _Batch:
-    sequences: list[Sequence_]
+    sequences: list[StaticSequence]
     width: int
     """Places for a prompt, padding included."""
     cache: Cache | None = None
@@ -78,14 +78,14 @@ class Unit:
 
     def __init__(
         self,
-        sequences: Sequence[Sequence_],
+        sequences: Sequence[StaticSequence],
         batch_size: int,
         *,
         forward: Forward,
         choosing: Choosing,
         experts: ExpertCache,
         counters: UnitCounters,
-        ended: Callable[[Sequence[Sequence_]], object],
+        ended: Callable[[Sequence[StaticSequence]], object],
         scheduler: UnitScheduler | None = None,
     ):
         """Nothing is computed yet.
@@ -113,10 +113,10 @@ class Unit:
         """Whether a sequence is not over."""
         return bool(self._batches)
 
-    def step(self) -> list[Sequence_]:
+    def step(self) -> list[StaticSequence]:
         """Gives every batch its turn, or the first one if they go one after the other; returns the sequences that have ended, in
         the order of the inputs."""
-        ended: list[Sequence_] = []
+        ended: list[StaticSequence] = []
         if not self._side_by_side:
             ended += self._advance(self._batches[0])
             if self._scheduler is not None:
@@ -145,7 +145,7 @@ class Unit:
             return self._batches
         return [self._batches[number] for number in scheduler.order([batch.names for batch in self._batches])]
 
-    def _advance(self, batch: _Batch) -> list[Sequence_]:
+    def _advance(self, batch: _Batch) -> list[StaticSequence]:
         """A token for each sequence of a batch; returns those that have ended, which are no longer in it."""
         before = replace(self._experts.total)
         if batch.cache is None:
@@ -186,7 +186,7 @@ class Unit:
             keep_rows(batch.cache, live)
         batch.sequences = [batch.sequences[row] for row in live]
 
-    def _let_go(self, sequences: Sequence[Sequence_]) -> None:
+    def _let_go(self, sequences: Sequence[StaticSequence]) -> None:
         self._ended(sequences)
         if self._scheduler is not None:
             self._scheduler.routes.ended([sequence.name for sequence in sequences])

@@ -1,0 +1,405 @@
+"""Static batches through the expert cache: the tokens of transformers' own `generate` on the whole model, one input at a time."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GenerationConfig, PreTrainedModel
+
+from raymoe.inference.static_engine import StaticEngine, StaticInput
+from raymoe.inference.static_grouping import UnitOptions
+from tests.inference.conftest import random_prompts
+from tests.tiny_models import tiny_model, tiny_switch
+
+LENGTHS = [3, 9, 15, 5, 1]
+EAGER = UnitOptions(margin=0.0, copy_cost=0.0, stride=1)
+"""Exchanges sequences whenever that seems to save a byte."""
+
+
+def lively_switch(**changes: Any) -> PreTrainedModel:
+    """A Switch whose experts and decoder matter to what it says."""
+    sizes = {"num_layers": 2, "num_decoder_layers": 2, "tie_word_embeddings": False}
+    model = tiny_switch(**(sizes | changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".experts." in name and name.endswith("wo.weight"):
+                parameter.mul_(5.0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, tuple[PreTrainedModel, Any]]:
+    """family -> (model, its directory); Switch with a capacity that binds in nearly every input."""
+    made = {}
+    for family, model in {
+        "switch": lively_switch(expert_capacity=1),
+        "olmoe": tiny_model("olmoe"),
+        "gpt_oss": tiny_model("gpt_oss", layer_types=["full_attention", "sliding_attention"], sliding_window=8),
+        "deepseek_v3": tiny_model("deepseek_v3"),
+    }.items():
+        path = tmp_path_factory.mktemp(family)
+        model.save_pretrained(path)
+        made[family] = model, path
+    return made
+
+
+_KNOWN: dict[tuple[PreTrainedModel, tuple[int, ...], str], list[int]] = {}
+
+
+def truth(model: PreTrainedModel, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+    """Of the whole model in memory, each input alone and without padding."""
+    answers = []
+    for prompt in prompts:
+        key = model, tuple(prompt), repr(options)
+        if key not in _KNOWN:
+            out = model.generate(torch.tensor([prompt]), do_sample=False, pad_token_id=0, **options)
+            _KNOWN[key] = out[0, 1 if model.config.is_encoder_decoder else len(prompt) :].tolist()
+        answers.append(_KNOWN[key])
+    return answers
+
+
+def config(**options: Any) -> GenerationConfig:
+    return GenerationConfig(**({"max_new_tokens": 12, "do_sample": False} | options))
+
+
+@pytest.mark.parametrize(
+    ("family", "num_batches", "stride"),
+    [("switch", 1, 1), ("switch", 3, 1), ("switch", 2, 4), ("olmoe", 1, 1), ("olmoe", 3, 2), ("gpt_oss", 3, 1),
+     ("deepseek_v3", 2, 1)],
+)  # fmt: skip
+def test_tokens_are_those_of_the_whole_model_at_every_budget(models, family, num_batches, stride):
+    model, path = models[family]
+    prompts = random_prompts(LENGTHS)
+    expected = truth(model, prompts, max_new_tokens=12)
+    assert len({token for answer in expected for token in answer}) > 10
+    grouping = UnitOptions(margin=0.0, copy_cost=0.0, stride=stride)
+    for budget in ("100%", "50%", "one expert"):
+        with StaticEngine(path, expert_memory=one_expert(path) if budget == "one expert" else budget) as engine:
+            options = {"batch_size": 2, "num_batches": num_batches, "config": config(), "grouping": grouping}
+            assert engine.generate(prompts, **options) == expected, budget
+            stats = engine.stats()
+            assert engine.cache.resident <= stats["slots"]
+            assert stats["generated_tokens"] == sum(map(len, expected))
+            assert stats["prompt_tokens"] == sum(LENGTHS)
+            assert stats["prompt_bytes"] + stats["decode_bytes"] == engine.cache.total.fetched_bytes
+
+
+def one_expert(path) -> int:
+    with StaticEngine(path, expert_memory="100%") as engine:
+        return engine.cache.slot_bytes
+
+
+def test_sequences_end_early_each_at_its_own_place(models):
+    """The end token is one that answers hold at different places, so batches shrink, merge and vanish."""
+    for family in ("switch", "olmoe"):
+        model, path = models[family]
+        prompts = random_prompts([*LENGTHS, 6, 2, 14], seed=3)
+        free = truth(model, prompts, max_new_tokens=16, eos_token_id=None)
+        ends = [answer[i] for i, answer in enumerate(free[:4])]
+        expected = truth(model, prompts, max_new_tokens=16, eos_token_id=ends)
+        assert len({len(answer) for answer in expected}) > 2
+        with StaticEngine(path, expert_memory="50%") as engine:
+            options = {"config": config(max_new_tokens=16, eos_token_id=ends), "grouping": EAGER}
+            answers = list(engine.run([StaticInput(p) for p in prompts], batch_size=3, num_batches=3, **options))
+        assert {answer.number: answer.tokens for answer in answers} == dict(enumerate(expected))
+        for answer in answers:
+            assert answer.finish_reason == ("stop" if answer.tokens[-1] in ends else "length")
+
+
+def test_answers_come_before_later_units_are_read(models):
+    _, path = models["olmoe"]
+    taken = []
+
+    def inputs():
+        for number, prompt in enumerate(random_prompts([4] * 6)):
+            taken.append(number)
+            yield StaticInput(prompt)
+
+    with StaticEngine(path) as engine:
+        answers = engine.run(inputs(), batch_size=2, config=config(max_new_tokens=3))
+        assert next(answers).number == 0
+        assert taken == [0, 1]
+        assert [answer.number for answer in answers] == [1, 2, 3, 4, 5]
+
+
+def test_right_padding_takes_no_capacity(models):
+    """A token fills an expert's capacity, so padding that counted before one would drop it."""
+    model, path = models["switch"]
+    prompts = random_prompts([20, 1, 9])
+    expected = truth(model, prompts, max_new_tokens=12)
+    with StaticEngine(path, expert_memory="100%") as engine:
+        assert engine.generate(prompts, batch_size=3, config=config()) == expected
+    roomy = truth(lively_switch(expert_capacity=64), prompts, max_new_tokens=12)
+    assert [one == other for one, other in zip(expected, roomy, strict=True)] == [False, True, False]
+
+
+def test_padding_wants_no_expert(models):
+    """A batch wants the union of what its inputs want alone, whatever their lengths."""
+    for family in ("switch", "olmoe"):
+        _, path = models[family]
+        prompts = random_prompts([30, 1, 1], seed=5)
+        wanted = {}
+        for name, rows in {"short": prompts[1:], "all": prompts}.items():
+            with StaticEngine(path, expert_memory="100%") as engine:
+                engine.generate(rows, batch_size=3, config=config(max_new_tokens=1))
+                wanted[name] = engine.cache.resident
+        with StaticEngine(path, expert_memory="100%") as engine:
+            engine.generate(prompts, batch_size=1, config=config(max_new_tokens=1))
+            assert wanted["all"] == engine.cache.resident
+        assert wanted["short"] < wanted["all"]
+
+
+@pytest.mark.parametrize("family", ["switch", "olmoe"])
+def test_sampled_tokens_depend_on_the_seed_alone(models, family):
+    _, path = models[family]
+    prompts = random_prompts(LENGTHS)
+    drawn = config(do_sample=True, temperature=1.3, top_k=0, top_p=0.9, eos_token_id=None)
+    inputs = [StaticInput(prompt, seed=100 + n) for n, prompt in enumerate(prompts)]
+    with StaticEngine(path, expert_memory="50%") as engine:
+
+        def tokens(rows: list[StaticInput], **options: Any) -> list[list[int]]:
+            return [a.tokens for a in sorted(engine.run(rows, config=drawn, **options), key=lambda a: a.number)]
+
+        together = tokens(inputs, batch_size=3, num_batches=3, grouping=EAGER)
+        assert together == [tokens([row])[0] for row in inputs]
+        assert together == tokens(inputs[::-1], batch_size=4)[::-1]
+        assert tokens([StaticInput(prompts[0], seed=1)]) != together[:1]
+
+
+def test_a_seed_gives_the_tokens_of_the_serving_engine(saved_model, make_engine):
+    from raymoe.inference import SamplingParams
+
+    _, path = saved_model("olmoe")
+    prompts = random_prompts([5, 11, 2])
+    params = [SamplingParams(max_tokens=10, seed=seed, temperature=0.8, stop_token_ids=()) for seed in (7, 8, 9)]
+    served = make_engine().generate(prompts, params)
+    with StaticEngine(path) as engine:
+        drawn = config(max_new_tokens=10, do_sample=True, temperature=0.8, top_k=0, eos_token_id=None)
+        assert engine.generate(prompts, seed=7, config=drawn) == served
+
+
+@pytest.mark.parametrize("family", ["switch", "olmoe"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.4},
+        {"no_repeat_ngram_size": 2},
+        {"encoder_repetition_penalty": 1.5},
+        {"min_new_tokens": 9, "eos_token_id": list(range(1, 60))},
+        {"forced_eos_token_id": 5, "eos_token_id": 5},
+        {"bad_words_ids": [[n] for n in range(1, 90, 2)]},
+        {"suppress_tokens": list(range(1, 90, 3))},
+        {"sequence_bias": [[[7], 4.0], [[8, 9], -3.0]]},
+    ],
+)
+def test_transformers_processors_see_a_sequence_without_its_padding(models, family, options):
+    model, path = models[family]
+    prompts = random_prompts([3, 9, 6])
+    expected = truth(model, prompts, max_new_tokens=12, **options)
+    with StaticEngine(path) as engine:
+        assert engine.generate(prompts, config=config(**options)) == expected
+
+
+def test_lengths_follow_the_configurations_as_in_transformers(models, tmp_path):
+    prompts = random_prompts([4, 9])
+    for family in ("switch", "olmoe"):
+        model, path = models[family]
+        with StaticEngine(path) as engine:
+            for options in ({"max_length": 15}, {}):
+                found = engine.generate(prompts, config=GenerationConfig(do_sample=False, **options))
+                assert found == truth(model, prompts, **options)
+    model = tiny_model("olmoe")
+    model.generation_config.update(max_new_tokens=5, repetition_penalty=1.5)
+    model.save_pretrained(tmp_path)
+    with StaticEngine(tmp_path) as engine:
+        assert engine.generate(prompts) == truth(model, prompts)
+        assert engine.generate(prompts, config=GenerationConfig(max_new_tokens=2)) == truth(
+            model, prompts, max_new_tokens=2
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_beams": 2}, "it asks for beam search; static batches are decoded greedily or sampled"),
+        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences = 2 is not supported"),
+        ({"stop_strings": ["x"]}, r"stop_strings = \['x'\] is not supported"),
+        ({"prompt_lookup_num_tokens": 3}, "it asks for assisted generation"),
+        ({"max_time": 1.0}, "max_time = 1.0 is not supported"),
+    ],
+)
+def test_what_static_batches_cannot_do_is_named(models, options, said):
+    with StaticEngine(models["olmoe"][1]) as engine, pytest.raises(ValueError, match=said):
+        engine.generate([[3]], config=config(**options))
+
+
+def test_bad_inputs_are_named(models):
+    for family in ("switch", "olmoe"):
+        with StaticEngine(models[family][1]) as engine:
+            for inputs, said in (
+                ([[3], []], "input 1: it is empty"),
+                ([[96]], "input 0: token 96 is not in the model's vocabulary of 96"),
+            ):
+                with pytest.raises(ValueError, match=said):
+                    engine.generate(inputs)
+            with pytest.raises(ValueError, match="row 7: token -1 is not"):
+                engine.check([StaticInput([3]), StaticInput([-1], place="row 7")])
+            for name in ("batch_size", "num_batches"):
+                with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+                    engine.generate([[3]], **{name: 0})
+    with StaticEngine(models["olmoe"][1]) as engine:
+        with pytest.raises(ValueError, match="input 0: 250 tokens and an answer of up to 7 are 257, but the model has 256"):
+            engine.generate([[3] * 250], config=config(max_new_tokens=7))
+        with pytest.raises(ValueError, match="input 0: 9 tokens leave no room for an answer, as max_length is 9"):
+            engine.generate([[3] * 9], config=GenerationConfig(max_length=9))
+    with pytest.raises(ValueError, match="expert_memory: 1 is 1 bytes, less than one expert"):
+        StaticEngine(models["switch"][1], expert_memory=1)
+
+
+def test_a_run_that_is_left_lets_go_of_its_sequences(models):
+    told = Told()
+    with StaticEngine(models["olmoe"][1], foreknowledge=lambda cache, layers: told) as engine:
+        answers = engine.run([StaticInput(p) for p in random_prompts([3] * 5)], batch_size=2, num_batches=2)
+        next(answers)
+        answers.close()
+        assert sorted(told.over) == [f"sequence-{n}" for n in range(4)]
+        assert engine.generate([[3, 4]], config=config(max_new_tokens=2))
+
+
+class Told:
+    """Notes what a `Foresight` would be told."""
+
+    def __init__(self):
+        self.steps: list[tuple[list[int], list[str]]] = []
+        self.layers: list[list[tuple[int, int, list[list[int]], list[int]]]] = []
+        self.over: list[str] = []
+
+    def step_begins(self, token_ids, requests):
+        self.steps.append((token_ids.tolist(), list(requests)))
+        self.layers.append([])
+
+    def routed(self, layer, hidden, expert_index, wanted):
+        self.layers[-1].append((layer, len(hidden), expert_index.tolist(), list(wanted)))
+
+    def ended(self, request):
+        self.over.append(request)
+
+
+@pytest.mark.parametrize("family", ["switch", "olmoe"])
+def test_who_foretells_hears_of_the_decoder_without_padding(models, family):
+    told = Told()
+    prompts = random_prompts([5, 2, 7])
+    with StaticEngine(models[family][1], foreknowledge=lambda cache, layers: told) as engine:
+        answers = engine.generate(prompts, batch_size=3, config=config(max_new_tokens=4, eos_token_id=None))
+    is_switch = family == "switch"
+    first_ids, first_names = told.steps[0]
+    assert first_ids == ([0, 0, 0] if is_switch else sum(prompts, []))
+    lengths = [1, 1, 1] if is_switch else [5, 2, 7]
+    assert first_names == [f"sequence-{n}" for n, length in enumerate(lengths) for _ in range(length)]
+    assert [ids for ids, _ in told.steps[1:]] == [[a[step] for a in answers] for step in range(3)]
+    for (ids, _), layers in zip(told.steps, told.layers, strict=True):
+        assert [layer for layer, *_ in layers] == [0, 1]
+        for _, num_hidden, index, wanted in layers:
+            assert num_hidden == len(index) == len(ids)
+            assert sorted(wanted) == sorted({expert for row in index for expert in row})
+    assert told.over == ["sequence-0", "sequence-1", "sequence-2"]
+
+
+def test_the_decoder_sees_the_cache_with_its_own_layers(models):
+    seen = {}
+    with StaticEngine(
+        models["switch"][1], expert_memory="100%", foreknowledge=lambda cache, layers: seen.update(c=cache, l=layers) or Told()
+    ) as engine:
+        cache = seen["c"]
+        assert (cache.num_experts, cache.num_slots, len(seen["l"])) == (10, 20, 2)
+        engine.generate([[3, 4, 5]], config=config(max_new_tokens=2))
+        assert (cache.residents() == engine.cache.residents()[2:]).all()
+        told = []
+        engine.cache.expect = lambda layer, probability: told.append((layer, probability))
+        engine.cache.wish = lambda keys: told.append(list(keys))
+        cache.expect(1, {4: 0.5})
+        cache.wish([(0, 3), (1, 2)])
+        assert told == [(3, {4: 0.5}), [(2, 3), (3, 2)]]
+
+
+@pytest.fixture(scope="module")
+def two_topics(tmp_path_factory):
+    """An OLMoE whose tokens choose experts by their own parity alone, and answers that keep the parity of their prompt: odd
+    sequences want experts 4 to 7, even ones 0 to 3."""
+    model = tiny_model("olmoe", num_hidden_layers=2)
+    vocab, hidden = model.config.vocab_size, model.config.hidden_size
+    with torch.no_grad():
+        odd = torch.arange(vocab) % 2 == 1
+        embedding = model.get_input_embeddings().weight
+        embedding.mul_(0.3)
+        embedding[:, 0] = torch.where(odd, 3.0, -3.0)
+        model.lm_head.weight[:, 0] = torch.where(odd, 3.0, -3.0)
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.mul_(0.5)
+            layer.mlp.gate.weight[:, 0] = torch.where(torch.arange(8) >= 4, 4.0, -4.0)
+            layer.self_attn.o_proj.weight.mul_(0.1)
+            layer.mlp.experts.down_proj.mul_(0.1)
+    path = tmp_path_factory.mktemp("two_topics")
+    model.save_pretrained(path)
+    return model, path
+
+
+def test_grouping_brings_together_what_wants_the_same_experts(two_topics):
+    model, path = two_topics
+    topics = [0, 0, 1, 1, 0, 0, 1, 1]
+    prompts = [[2 + topic + 2 * k for k in range(3 + n)] for n, topic in enumerate(topics)]
+    expected = truth(model, prompts, max_new_tokens=40, eos_token_id=None)
+    assert [{token % 2 for token in answer} for answer in expected] == [{topic} for topic in topics]
+    row = {}
+    for num_batches in (1, 2):
+        with StaticEngine(path, expert_memory="50%") as engine:
+            settings_ = config(max_new_tokens=40, eos_token_id=None)
+            assert engine.generate(prompts, batch_size=4, num_batches=num_batches, config=settings_) == expected
+            row[num_batches] = engine.stats()
+    assert row[2]["grouping"]["state"] == "on"
+    assert row[2]["moved_sequences"] == 4
+    assert row[2]["regroupings"] == 1
+    assert row[2]["experts_per_step"] < 0.7 * row[1]["experts_per_step"]
+    assert row[2]["decode_bytes"] < 0.7 * row[1]["decode_bytes"]
+
+
+def test_grouping_rests_where_nothing_is_to_be_gained(models):
+    """Random routers: what is chosen costs as much as the order of arrival, and batches then run one after the other."""
+    _, path = models["olmoe"]
+    prompts = random_prompts([4] * 4)
+    with StaticEngine(path, expert_memory="50%") as engine:
+        options = {"config": config(max_new_tokens=60, eos_token_id=None), "grouping": UnitOptions(margin=0.5, window_steps=8)}
+        engine.generate(prompts, batch_size=2, num_batches=2, **options)
+        assert engine.stats()["grouping"]["state"] != "on"
+        assert engine.stats()["moved_sequences"] == 0
+    with StaticEngine(path, expert_memory="100%") as engine:
+        engine.generate(prompts, batch_size=2, num_batches=2, config=config())
+        assert engine.stats()["grouping"] == {"state": "off", "reason": "all is resident"}
+
+
+@settings(max_examples=12)
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=7),
+    batch_size=st.integers(1, 4),
+    num_batches=st.integers(1, 3),
+    stride=st.integers(1, 5),
+    seed=st.integers(0, 1),
+)
+def test_any_shape_gives_the_same_answers(models, lengths, batch_size, num_batches, stride, seed):
+    model, path = models["switch"]
+    prompts = [prompt[:length] for prompt, length in zip(random_prompts([6] * 7, seed), lengths, strict=False)]
+    ends = [1, 5, 17, 40]
+    expected = truth(model, prompts, max_new_tokens=9, eos_token_id=ends)
+    grouping = UnitOptions(margin=0.0, copy_cost=0.0, stride=stride, method="greedy" if seed % 2 else "kmedoids")
+    with StaticEngine(path, expert_memory="30%") as engine:
+        options = {"config": config(max_new_tokens=9, eos_token_id=ends), "grouping": grouping}
+        assert engine.generate(prompts, batch_size=batch_size, num_batches=num_batches, **options) == expected
+
+
+def test_bfloat16_answers(models):
+    for family in ("switch", "olmoe"):
+        with StaticEngine(models[family][1], dtype="bfloat16", expert_memory="50%") as engine:
+            answers = engine.generate(random_prompts([3, 5]), config=config(max_new_tokens=4, eos_token_id=None))
+            assert [len(answer) for answer in answers] == [4, 4]
