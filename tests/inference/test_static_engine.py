@@ -250,7 +250,9 @@ def test_bad_inputs_are_named(models):
                 with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
                     engine.generate([[3]], **{name: 0})
     with StaticEngine(models["olmoe"][1]) as engine:
-        with pytest.raises(ValueError, match="input 0: 250 tokens and an answer of up to 7 are 257, but the model has 256"):
+        with pytest.raises(
+            ValueError, match="input 0: 250 tokens and an answer of up to 7 are 257, but the model has 256"
+        ):
             engine.generate([[3] * 250], config=config(max_new_tokens=7))
         with pytest.raises(ValueError, match="input 0: 9 tokens leave no room for an answer, as max_length is 9"):
             engine.generate([[3] * 9], config=GenerationConfig(max_length=9))
@@ -295,7 +297,7 @@ def test_who_foretells_hears_of_the_decoder_without_padding(models, family):
         answers = engine.generate(prompts, batch_size=3, config=config(max_new_tokens=4, eos_token_id=None))
     is_switch = family == "switch"
     first_ids, first_names = told.steps[0]
-    assert first_ids == ([0, 0, 0] if is_switch else sum(prompts, []))
+    assert first_ids == ([0, 0, 0] if is_switch else [token for prompt in prompts for token in prompt])
     lengths = [1, 1, 1] if is_switch else [5, 2, 7]
     assert first_names == [f"sequence-{n}" for n, length in enumerate(lengths) for _ in range(length)]
     assert [ids for ids, _ in told.steps[1:]] == [[a[step] for a in answers] for step in range(3)]
@@ -310,7 +312,9 @@ def test_who_foretells_hears_of_the_decoder_without_padding(models, family):
 def test_the_decoder_sees_the_cache_with_its_own_layers(models):
     seen = {}
     with StaticEngine(
-        models["switch"][1], expert_memory="100%", foreknowledge=lambda cache, layers: seen.update(c=cache, l=layers) or Told()
+        models["switch"][1],
+        expert_memory="100%",
+        foreknowledge=lambda cache, layers: seen.update(c=cache, l=layers) or Told(),
     ) as engine:
         cache = seen["c"]
         assert (cache.num_experts, cache.num_slots, len(seen["l"])) == (10, 20, 2)
@@ -326,12 +330,11 @@ def test_the_decoder_sees_the_cache_with_its_own_layers(models):
 
 @pytest.fixture(scope="module")
 def two_topics(tmp_path_factory):
-    """An OLMoE whose tokens choose experts by their own parity alone, and answers that keep the parity of their prompt: odd
-    sequences want experts 4 to 7, even ones 0 to 3."""
+    """An OLMoE whose tokens choose experts by their parity, and whose answers keep the parity of their prompt: two topics that have
+    no expert in common."""
     model = tiny_model("olmoe", num_hidden_layers=2)
-    vocab, hidden = model.config.vocab_size, model.config.hidden_size
     with torch.no_grad():
-        odd = torch.arange(vocab) % 2 == 1
+        odd = torch.arange(model.config.vocab_size) % 2 == 1
         embedding = model.get_input_embeddings().weight
         embedding.mul_(0.3)
         embedding[:, 0] = torch.where(odd, 3.0, -3.0)
@@ -354,7 +357,7 @@ def test_grouping_brings_together_what_wants_the_same_experts(two_topics):
     assert [{token % 2 for token in answer} for answer in expected] == [{topic} for topic in topics]
     row = {}
     for num_batches in (1, 2):
-        with StaticEngine(path, expert_memory="50%") as engine:
+        with StaticEngine(path, expert_memory="25%") as engine:
             settings_ = config(max_new_tokens=40, eos_token_id=None)
             assert engine.generate(prompts, batch_size=4, num_batches=num_batches, config=settings_) == expected
             row[num_batches] = engine.stats()
@@ -370,7 +373,10 @@ def test_grouping_rests_where_nothing_is_to_be_gained(models):
     _, path = models["olmoe"]
     prompts = random_prompts([4] * 4)
     with StaticEngine(path, expert_memory="50%") as engine:
-        options = {"config": config(max_new_tokens=60, eos_token_id=None), "grouping": UnitOptions(margin=0.5, window_steps=8)}
+        options = {
+            "config": config(max_new_tokens=60, eos_token_id=None),
+            "grouping": UnitOptions(margin=0.5, window_steps=8),
+        }
         engine.generate(prompts, batch_size=2, num_batches=2, **options)
         assert engine.stats()["grouping"]["state"] != "on"
         assert engine.stats()["moved_sequences"] == 0
