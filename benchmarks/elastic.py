@@ -83,8 +83,9 @@ def run(
     """Runs all of it and prints it; returns the rows.
 
     Raises:
-        RuntimeError: the run did not recover, or its losses are not those of the undisturbed run: within 1e-5, in float32
-            up to the step from which on two undisturbed runs differ by more themselves.
+        RuntimeError: the run did not recover, or its losses are not those of the undisturbed run: in float64 within 1e-5 up to the
+            step from which on two undisturbed runs differ by a tenth of that themselves, in float32, where rounding is
+            amplified from the first change of the number of workers on, never 10 times as far from it as two undisturbed runs.
     """
     with tempfile.TemporaryDirectory() as folder:
         config = demo_config("stdlib", 100_000, Path(folder) / "run")
@@ -110,10 +111,11 @@ def run(
         write_json(
             json, command, rows, meta={"dtype": dtype, "steps": len(steps), "compared": compared} | equality | snapshot
         )
-    if equality["worst_before_chaos"] > _TOLERANCE:
-        raise RuntimeError(
-            f"losses differ from the undisturbed run's by up to {equality['worst_before_chaos']:.1e}, more than {_TOLERANCE:g}"
-        )
+    is_exact = dtype == "float64"
+    found = equality["worst_before_chaos" if is_exact else "worst_difference"]
+    allowed = _TOLERANCE if is_exact else 10 * equality["worst_chaos"]
+    if found > allowed:
+        raise RuntimeError(f"losses differ from the undisturbed run's by up to {found:.1e}, more than {allowed:.1e}")
     return rows
 
 

@@ -226,6 +226,24 @@ def bench_elastic(
     run(workers, kills, snapshots, dtype, seed, shown_console(), shown_command(), json)
 
 
+@bench.command(name="inference")
+def bench_inference(
+    arms: Annotated[str | None, typer.Option(help="Names of raymoe.benchmarks.inference_arms, comma-separated.")] = None,
+    budgets: Annotated[str, typer.Option(help="Expert memory in percent, comma-separated.")] = "5,10,25,50,100",
+    batches: Annotated[str, typer.Option(help="Requests at once, comma-separated.")] = "1,4,16,32",
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each engine.")] = 3,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each request.")] = 48,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where the trained model is kept; it is made there if it is not.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Compare engines whose experts do not fit: caching, prediction, batching by routes, and what others do."""
+    from raymoe.commands.bench import bench_inference as run
+
+    run(arms, budgets, batches, rounds, tokens, folder, shown_console(), shown_command(), json)
+
+
 def main() -> None:
     """Entry point: bad input and failed runs are one clear message on stderr, not a traceback."""
     logging.basicConfig(level=env.log_level(), format="%(levelname)s %(name)s: %(message)s")

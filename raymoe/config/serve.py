@@ -35,8 +35,13 @@ class ServeConfig(Strict):
     """Requests a forward pass may hold; when more are active, those share one that want the same experts."""
     max_wait_steps: int = Field(default=16, ge=1)
     """Steps in a row that such a request may be left out."""
-    expert_readers: int = Field(default=0, ge=0)
-    """Threads that fetch experts while others compute: for files on a slow disk, and cores that idle."""
+    expert_readers: int = Field(default=1, ge=0)
+    """Threads that fetch experts while others compute; without any, nothing is fetched ahead."""
+    direct_io: bool = True
+    """Read experts past the page cache, which would serve them from memory that no budget knows of."""
+    predictors: list[Literal["look_ahead", "token_table", "transitions", "path"]] = ["look_ahead", "token_table", "path"]
+    """What foretells the experts that layers will want; each rests by itself where it does not pay. `path` needs
+    `raymoe predictor train`."""
     max_ongoing_requests: int = Field(default=256, ge=1)
     """Requests a replica works on at once; further ones wait in the queue."""
     max_queued_requests: int = Field(default=512, ge=1)

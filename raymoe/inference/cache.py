@@ -3,15 +3,26 @@
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from raymoe.config import check_fits
 from raymoe.inference.counters import CacheCounters, CacheHistory, CacheWindow
 from raymoe.inference.eviction import EvictionPolicy, Key, LeastRecentlyUsed
 from raymoe.inference.slot_order import CudaSlotOrder, SlotOrder
 from raymoe.inference.slots import SlotPool, slots_for
 from raymoe.inference.tiers import ExpertSource
+
+
+class _Job(NamedTuple):
+    """A read that is to be done, into a slot that is its own."""
+
+    key: Key
+    slot: int
+    is_wish: bool
 
 
 class ExpertCache:
@@ -48,7 +59,7 @@ class ExpertCache:
             window_s: seconds that one point of `history` covers.
 
         Raises:
-            ValueError: the budget does not hold one expert.
+            ValueError: the budget does not hold one expert, or is more memory than the process may have.
         """
         self._source = source
         self._numel = list(numel)
@@ -56,6 +67,8 @@ class ExpertCache:
         self._most_experts = max(num_experts)
         self.slot_bytes = max(numel) * dtype.itemsize
         device, num_slots = torch.device(device), slots_for(budget, self.num_experts, self.slot_bytes)
+        if device.type == "cpu":
+            check_fits(f"expert_memory: {budget}", num_slots * self.slot_bytes)
         self._slots = SlotPool(self.num_experts, num_slots, max(numel), dtype, device)
         self._order = CudaSlotOrder(num_slots, device) if device.type == "cuda" else SlotOrder()
         self._policy = policy(len(self._numel), num_slots)
@@ -101,6 +114,16 @@ class ExpertCache:
         """Since the beginning."""
         return self._history.total
 
+    def totals(self) -> CacheCounters:
+        """`total` as it is now."""
+        with self._changed:
+            return replace(self._history.total)
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether wishes are ever fetched."""
+        return bool(self._threads)
+
     def history(self) -> list[CacheWindow]:
         """Windows with traffic, oldest first (at most the last 600), for a plot."""
         with self._changed:
@@ -118,14 +141,23 @@ class ExpertCache:
     def acquire(self, layer: int, experts: Sequence[int]) -> Generator[tuple[list[int], list[int]], None, None]:
         """Hands out the slots of `experts` (distinct) of one layer: those that are resident first, others as they come.
 
+        They are wanted, and the reading threads at work on them, from this call on; iterate to the end, or close.
+
         Yields:
             (experts, their slots), disjoint groups that together are `experts`. A group's slots stay as they are until the
             next group is asked for or the iterator is closed. One slot is enough for any number of experts.
         """
+        groups = self._groups(layer, experts)
+        next(groups)
+        return groups
+
+    def _groups(self, layer: int, experts: Sequence[int]) -> Generator[tuple[list[int], list[int]], None, None]:
+        """`acquire`, with a first group of nothing once all are wanted."""
         waiting = dict.fromkeys((layer, expert) for expert in experts)
         assert len(waiting) == len(experts), "experts must be distinct"
         self._demand(layer, waiting)
         try:
+            yield [], []
             while waiting:
                 group = self._arrived(waiting)
                 slots = [self._slot[key] for key in group]
@@ -156,10 +188,14 @@ class ExpertCache:
         """Changes the budget at once; experts that are computed with right now leave when they are done.
 
         Raises:
-            ValueError: it does not hold one expert, or is more than the device has memory set aside for.
+            ValueError: it does not hold one expert, is more memory than the process may have, or more than was set aside on a GPU.
         """
+        num_slots = slots_for(budget, self.num_experts, self.slot_bytes)
         with self._changed:
-            self._slots.set_limit(slots_for(budget, self.num_experts, self.slot_bytes))
+            if self.pool.device.type == "cpu":
+                held_bytes = self._slots.in_use * self.slot_bytes
+                check_fits(f"expert_memory: {budget}", num_slots * self.slot_bytes, held_bytes=held_bytes)
+            self._slots.set_limit(num_slots)
             self._policy.resized(self._slots.limit)
             self._shrink()
             self._changed.notify_all()
@@ -208,7 +244,7 @@ class ExpertCache:
                         self._changed.wait()
                     if self._demanded:
                         self._changed.notify_all()
-                self._read(*job)
+                self._read(job)
         finally:
             if began_s is not None:
                 with self._changed:
@@ -234,18 +270,18 @@ class ExpertCache:
                     if self._is_closed:
                         return
                     self._changed.wait()
-            self._read(*job)
+            self._read(job)
 
-    def _begin_demanded(self, among: Iterable[Key]) -> tuple[Key, int] | None:
+    def _begin_demanded(self, among: Iterable[Key]) -> _Job | None:
         key = next((key for key in among if key in self._demanded), None)
         if key is None or (slot := self._slot_for(key[0])) is None:
             return None
         del self._demanded[key]
         self._slot[key] = slot
         self._policy.used(key[0], [key[1]])
-        return key, slot
+        return _Job(key, slot, is_wish=False)
 
-    def _begin_wished(self) -> tuple[Key, int] | None:
+    def _begin_wished(self) -> _Job | None:
         while self._wishes and not self._is_closed:
             key = self._wishes.pop()
             if key in self._slot or key in self._demanded:
@@ -263,11 +299,13 @@ class ExpertCache:
             self._unused[key] = 0
             self._policy.fetched(*key)
             self._count(prefetched=1)
-            return key, slot
+            return _Job(key, slot, is_wish=True)
         return None
 
-    def _read(self, key: Key, slot: int) -> None:
+    def _read(self, job: _Job) -> None:
+        key, slot, is_wish = job
         layer, expert = key
+        began_s = time.monotonic()
         try:
             with self._order.writing(slot):
                 moved_bytes = self._source.read(layer, expert, self.pool[slot, : self._numel[layer]])
@@ -283,6 +321,8 @@ class ExpertCache:
             if key in self._unused:
                 self._unused[key] = moved_bytes
             self._count(fetched_bytes=moved_bytes)
+            if not is_wish:
+                self._count(demand_reads=1, demand_read_s=time.monotonic() - began_s)
             self._changed.notify_all()
 
     # slots

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 
 @dataclass
@@ -22,8 +22,16 @@ class CacheCounters:
     fetched_bytes: int = 0
     """That the tiers below delivered, for whatever reason."""
     wasted_bytes: int = 0
+    demand_reads: int = 0
+    """Reads of experts that somebody waited for when they began."""
+    demand_read_s: float = 0.0
+    """Seconds that those took, summed over threads."""
     stall_s: float = 0.0
     """Seconds in which a computation waited for experts, or fetched them itself."""
+
+    def __sub__(self, earlier: "CacheCounters") -> "CacheCounters":
+        """What has happened since."""
+        return CacheCounters(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(CacheCounters)))
 
     @property
     def hit_rate(self) -> float | None:

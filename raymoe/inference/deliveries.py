@@ -34,10 +34,12 @@ class Request:
 class Deliveries:
     """Turns the steps' outputs into each request's deltas. Safe to use from several threads."""
 
-    def __init__(self, meter: Meter, cancel: Callable[[str], None]):
-        """`cancel`: makes the generation thread drop a request before its next step."""
+    def __init__(self, meter: Meter, cancel: Callable[[str], None], ended: Callable[[str], None]):
+        """`cancel`: makes the generation thread drop a request before its next step; `ended`: told of each that is over, on whatever
+        thread."""
         self._meter = meter
         self._cancel = cancel
+        self._ended = ended
         self._lock = threading.Lock()
         self._requests: dict[str, Request] = {}
         self._finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
@@ -137,6 +139,7 @@ class Deliveries:
                 self._finished[reason] += 1
         if request is not None:
             self._meter.ended(reason)
+            self._ended(request_id)
         return request
 
     def _call(self, request_id: str, request: Request, delta: Delta) -> None:

@@ -9,22 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from raymoe import kernels
 from raymoe.inference.batching import Batcher
 from raymoe.inference.cache import ExpertCache
 from raymoe.inference.deliveries import Deliveries, Request
+from raymoe.inference.eviction import EvictionPolicy, LeastRecentlyUsed
 from raymoe.inference.experts import CachedExperts
+from raymoe.inference.foresight import Foresight
 from raymoe.inference.meter import Meter
+from raymoe.inference.predictors import predictors_by_name
 from raymoe.inference.requests import Delta, EngineError, SamplingParams
 from raymoe.inference.routes import LastPaths
 from raymoe.inference.scheduler import GroupingOptions
 from raymoe.inference.servable import end_tokens, refuse_unservable
 from raymoe.inference.text import StopWatch
-from raymoe.inference.tiers import CheckpointTier
+from raymoe.inference.tiers import CheckpointTier, Tiers
 from raymoe.models import attach_runtime, load_without_experts, warm_up_layers
+
+DEFAULT_PREDICTORS = ("look_ahead", "token_table", "path")
 
 
 class InferenceEngine:
@@ -42,7 +47,10 @@ class InferenceEngine:
         max_requests: int = 256,
         prefix_sharing: bool = True,
         decode: Callable[[list[int]], str] | None = None,
-        expert_readers: int = 0,
+        expert_readers: int = 1,
+        direct_io: bool = True,
+        eviction: Callable[[int, int], EvictionPolicy] = LeastRecentlyUsed,
+        predictors: Sequence[str] = DEFAULT_PREDICTORS,
         grouping: GroupingOptions | None = None,
     ):
         """Loads the dense part of the model, allocates both caches and starts the generation thread.
@@ -57,7 +65,11 @@ class InferenceEngine:
             max_requests: requests a forward pass may hold; further ones wait.
             prefix_sharing: prompts that begin alike share the KV cache's pages, and are read once.
             decode: tokens to the text a client sees (`raymoe.inference.text.decoder`), for requests with stop strings.
-            expert_readers: threads that fetch experts while others compute: for files on a slow disk, and cores that idle.
+            expert_readers: threads that fetch experts while others compute; without any, nothing is fetched ahead.
+            direct_io: read the checkpoint's files past the page cache, which otherwise serves experts from memory that no budget
+                knows of.
+            eviction: makes the expert cache's policy from (layers, slots).
+            predictors: names of `raymoe.inference.predictors.NAMES`; each judges itself, and rests where it does not pay.
             grouping: how batches are formed by routes when more requests are active than a step holds; it judges itself, and
                 stops where it does not pay.
 
@@ -67,16 +79,30 @@ class InferenceEngine:
         self._started_s = time.monotonic()
         refuse_unservable(AutoConfig.from_pretrained(model, local_files_only=True))
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        loaded, files = load_without_experts(model, getattr(torch, dtype), device)
+        loaded, files = load_without_experts(model, getattr(torch, dtype), device, direct_io=direct_io)
         self._config = loaded.config.get_text_config()
+        numel = [layer.layout.numel for layer in files.layers]
+        num_experts = [layer.num_experts for layer in files.layers]
+        self._tiers = Tiers({"file": CheckpointTier(files)})
+        self._tiers.measure(numel, num_experts, getattr(torch, dtype))
         self.cache = ExpertCache(
-            CheckpointTier(files),
-            numel=[layer.layout.numel for layer in files.layers],
-            num_experts=[layer.num_experts for layer in files.layers],
+            self._tiers,
+            numel=numel,
+            num_experts=num_experts,
             budget=expert_memory,
             dtype=getattr(torch, dtype),
             device=device,
+            policy=eviction,
             readers=expert_readers,
+        )
+        file_rate = self._tiers.stats()[-1].rate
+        self._foresight = Foresight(
+            self.cache,
+            predictors_by_name(predictors, Path(model), files.layers, vocab_size=self._config.vocab_size),
+            num_experts=num_experts,
+            expert_bytes=[count * getattr(torch, dtype).itemsize for count in numel],
+            policy=eviction,
+            fetch_s=file_rate.seconds(self.cache.slot_bytes) if file_rate is not None else 1e-3,
         )
         self._routes = LastPaths(
             len(files.layers), max(layer.num_experts for layer in files.layers), residents=self.cache.residents
@@ -97,7 +123,11 @@ class InferenceEngine:
         # between the look at the KV cache's size and the request that relies on it, the size must not change
         self._admitting = threading.Lock()
         self._meter = Meter(self.cache)
-        self._deliveries = Deliveries(self._meter, cancel=lambda request_id: self._batcher.cancel(request_id))
+        self._deliveries = Deliveries(
+            self._meter,
+            cancel=lambda request_id: self._batcher.cancel(request_id),
+            ended=self._foresight.ended,
+        )
         self._batcher = Batcher(
             loaded,
             max_batch_tokens=max_batch_tokens,
@@ -107,6 +137,7 @@ class InferenceEngine:
             on_outputs=self._deliveries.deliver,
             on_death=self._deliveries.fail_all,
         )
+        loaded.register_forward_pre_hook(self._step_begins, with_kwargs=True)
         self._batcher.scheduler.group_by(self._routes, grouping, expert_bytes=self.cache.slot_bytes)
         self._batcher.start()
 
@@ -249,6 +280,11 @@ class InferenceEngine:
             "resident_experts": self.cache.resident,
             **asdict(total),
             "hit_rate": total.hit_rate,
+            "tiers": [
+                asdict(tier) | {"rate": tier.rate and tier.rate._asdict()} for tier in self._tiers.stats()
+            ],
+            "tier_facts": self._tiers.facts(),
+            "prediction": self._foresight.report(),
             "grouping": self._batcher.scheduler.stats(),
             "kernels": kernels.calls(),
         }
@@ -267,8 +303,14 @@ class InferenceEngine:
         self.cache.close()
         self._deliveries.fail_all("the engine was closed")
 
-    def _note_routes(self, layer: int, expert_index: Tensor) -> None:
+    def _step_begins(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows = self._batcher.scheduler.rows
+        self._foresight.step_begins(kwargs["input_ids"][0, : len(rows)], rows)
+
+    def _note_routes(self, layer: int, hidden: Tensor, expert_index: Tensor, wanted: list[int]) -> None:
         scheduler = self._batcher.scheduler
+        num_rows = len(scheduler.rows)
+        self._foresight.routed(layer, hidden[:num_rows], expert_index[:num_rows], wanted)
         if scheduler.is_crowded:
             self._routes.saw(layer, scheduler.rows, expert_index.numpy(force=True))
 

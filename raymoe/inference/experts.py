@@ -20,8 +20,14 @@ class CachedExperts:
     resident. Called on the thread that generates.
     """
 
-    def __init__(self, cache: ExpertCache, layers: list[MoELayer], routed: Callable[[int, Tensor], None] | None = None):
-        """`routed`: told of each layer's choices, (layer, expert_index [T, K]), before they are computed."""
+    def __init__(
+        self,
+        cache: ExpertCache,
+        layers: list[MoELayer],
+        routed: Callable[[int, Tensor, Tensor, list[int]], None] | None = None,
+    ):
+        """`routed`: told of each layer's choices while experts are fetched, before they are computed: (layer, hidden [T, H],
+        expert_index [T, K], the distinct experts in it)."""
         self._cache = cache
         self._routed = routed
         self._weights = [weights_of(layer, layer.layout.views(cache.pool[:, : layer.layout.numel])) for layer in layers]
@@ -31,11 +37,11 @@ class CachedExperts:
         routed = plan(expert_index, layer.num_experts)
         # the one host sync of a layer: which experts are wanted decides what is fetched
         wanted = routed.offsets.diff().nonzero().flatten().tolist()
-        if self._routed is not None:
-            self._routed(layer.index, expert_index)
         rows = hidden.new_empty(expert_index.numel(), hidden.shape[1])
         gate_up, down, biases = self._weights[layer.index]
         with closing(self._cache.acquire(layer.index, wanted)) as groups:
+            if self._routed is not None:
+                self._routed(layer.index, hidden, expert_index, wanted)
             for experts, slots in groups:
                 expert_rows(
                     hidden, gate_up, down, routed, experts, slots=slots, out=rows, spec=layer.spec, biases=biases

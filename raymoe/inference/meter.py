@@ -2,7 +2,6 @@
 
 import threading
 import time
-from dataclasses import replace
 
 from raymoe.inference.cache import CacheCounters, ExpertCache
 from raymoe.telemetry import metrics
@@ -44,11 +43,15 @@ class Meter:
             tokens, self._tokens = self._tokens, 0
             self.tokens_per_s = 0.0 if is_idle else tokens / elapsed_s
             self._since_s = None if is_idle else now_s
-            total = replace(self._cache.total)
+            total = self._cache.totals()
             seen, self._seen = self._seen, total
         metrics.SERVE_TOKENS_TOTAL.inc(tokens, kind="generated")
         metrics.SERVE_TOKENS_PER_S.set(self.tokens_per_s)
-        metrics.SERVE_EXPERT_HITS_TOTAL.inc(total.hits - seen.hits)
-        metrics.SERVE_EXPERT_MISSES_TOTAL.inc(total.misses - seen.misses)
-        metrics.SERVE_EXPERT_FETCHED_BYTES_TOTAL.inc(total.fetched_bytes - seen.fetched_bytes)
+        done = total - seen
+        metrics.SERVE_EXPERT_HITS_TOTAL.inc(done.hits)
+        metrics.SERVE_EXPERT_MISSES_TOTAL.inc(done.late + done.misses)
+        metrics.SERVE_EXPERT_FETCHED_BYTES_TOTAL.inc(done.fetched_bytes)
+        metrics.SERVE_EXPERT_PREFETCHED_TOTAL.inc(done.prefetched)
+        metrics.SERVE_EXPERT_WASTED_BYTES_TOTAL.inc(done.wasted_bytes)
+        metrics.SERVE_EXPERT_STALL_S_TOTAL.inc(done.stall_s)
         metrics.SERVE_RESIDENT_EXPERTS.set(self._cache.resident)

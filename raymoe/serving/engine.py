@@ -40,6 +40,8 @@ class Engine:
             kv_tokens=config.kv_tokens,
             max_requests=config.max_batch_requests,
             expert_readers=config.expert_readers,
+            direct_io=config.direct_io,
+            predictors=config.predictors,
             grouping=GroupingOptions(max_wait_steps=config.max_wait_steps),
             prefix_sharing=config.prefix_sharing,
             decode=decoder(AutoTokenizer.from_pretrained(config.model, local_files_only=True)),

@@ -192,6 +192,33 @@ SERVE_EXPERT_MISSES_TOTAL = Metric(
 SERVE_EXPERT_FETCHED_BYTES_TOTAL = Metric(
     "raymoe_serve_expert_fetched_bytes_total", kind="counter", help="Bytes of experts fetched into the cache."
 )
+SERVE_EXPERT_PREFETCHED_TOTAL = Metric(
+    "raymoe_serve_expert_prefetched_total", kind="counter", help="Experts fetched before anybody wanted them."
+)
+SERVE_EXPERT_WASTED_BYTES_TOTAL = Metric(
+    "raymoe_serve_expert_wasted_bytes_total", kind="counter", help="Bytes of those that nobody wanted before they went."
+)
+SERVE_EXPERT_STALL_S_TOTAL = Metric(
+    "raymoe_serve_expert_stall_s_total", kind="counter", help="Seconds that the computation waited for experts."
+)
+SERVE_PREDICTOR_ON = Metric(
+    "raymoe_serve_predictor_on",
+    kind="gauge",
+    help="1 while what a predictor says pays and is heeded, else 0; predictor 'all': whether predictions move anything.",
+    tags=("predictor",),
+)
+SERVE_PREDICTOR_PRECISION = Metric(
+    "raymoe_serve_predictor_precision",
+    kind="gauge",
+    help="Share of the experts a predictor named that were wanted, of late.",
+    tags=("predictor",),
+)
+SERVE_PREDICTOR_RECALL = Metric(
+    "raymoe_serve_predictor_recall",
+    kind="gauge",
+    help="Share of the wanted experts that a predictor had named, of late.",
+    tags=("predictor",),
+)
 SERVE_RESIDENT_EXPERTS = Metric(
     "raymoe_serve_resident_experts", kind="gauge", help="Experts in the cache, over all layers."
 )

@@ -13,6 +13,7 @@ _HOMES = {
     "TransitionTable": "transitions",
     "WindowCost": "judge",
     "combine": "quality",
+    "predictors_by_name": "selection",
 }
 
 __all__ = [*_HOMES]

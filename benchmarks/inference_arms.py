@@ -1,0 +1,25 @@
+"""The engines that `bench inference` compares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raymoe.inference.eviction import LeastRecentlyUsed
+
+_NONE: dict[str, Any] = {"predictors": ()}
+ARMS: dict[str, dict[str, Any]] = {
+    "resident": {**_NONE, "expert_memory": "100%"},
+    "on-demand": {**_NONE, "expert_memory": "one expert"},
+    "lru": {**_NONE, "eviction": LeastRecentlyUsed, "expert_readers": 0},
+    "look-ahead": {"predictors": ("look_ahead",)},
+    "full": {},
+}
+"""Options of the engine, by arm."""
+
+
+def options_of(name: str, budget: int, batch: int) -> dict[str, Any]:
+    """Keyword arguments of `InferenceEngine`, for a budget in percent and so many requests at once."""
+    options = {"expert_memory": f"{budget}%", "kv_tokens": 256 * max(batch, 4), **ARMS[name]}
+    if options["expert_memory"] == "one expert":
+        options["expert_memory"] = 3 * 256 * 128 * 4
+    return options
