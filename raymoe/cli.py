@@ -116,6 +116,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the first input; each further one has the next.")] = 0,
     text_field: Annotated[str, typer.Option(help="JSONL key or Parquet column that holds the input.")] = "text",
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights and computation.")] = "float32",
+    predictors: Annotated[
+        str, typer.Option(help="What foretells experts: look_ahead,token_table,transitions,path, or nothing.")
+    ] = "look_ahead,token_table,path",
     json: Json = None,
 ) -> None:
     """Answer a file of inputs in static batches, with the experts of MODEL in a cache of a chosen size; encoder-decoders too."""
@@ -123,6 +126,7 @@ def generate(
     from raymoe.commands.generate import generate as run
 
     run(model, data, out, expert_memory=expert_memory, batch=batch, unit=unit, text_field=text_field, dtype=dtype,
+        predictors=[name.strip() for name in predictors.split(",") if name.strip()],
         drawing=Drawing(max_new_tokens, temperature, top_p, top_k, seed), console=shown_console(), command=shown_command(),
         json=json)  # fmt: skip
 
@@ -228,7 +232,9 @@ def bench_elastic(
 
 @bench.command(name="inference")
 def bench_inference(
-    arms: Annotated[str | None, typer.Option(help="Names of raymoe.benchmarks.inference_arms, comma-separated.")] = None,
+    arms: Annotated[
+        str | None, typer.Option(help="Names of raymoe.benchmarks.inference_arms, comma-separated.")
+    ] = None,
     budgets: Annotated[str, typer.Option(help="Expert memory in percent, comma-separated.")] = "5,10,25,50,100",
     batches: Annotated[str, typer.Option(help="Requests at once, comma-separated.")] = "1,4,16,32",
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each engine.")] = 3,

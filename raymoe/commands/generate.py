@@ -6,7 +6,7 @@ import json as jsonlib
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from raymoe.commands.progress import stage
+from raymoe.inference.engine import DEFAULT_PREDICTORS
 from raymoe.inference.static_engine import Answer, StaticEngine, StaticInput
 from raymoe.inference.text import CONTEXT_TOKENS, TextStream, decoder
 from raymoe.telemetry import write_json
@@ -72,6 +73,7 @@ def generate(
     drawing: Drawing,
     text_field: str,
     dtype: str,
+    predictors: Sequence[str] = DEFAULT_PREDICTORS,
     console: Console,
     command: str,
     json: Path | None,
@@ -86,6 +88,7 @@ def generate(
         data: a file, directory or URI: text with one input a line (empty lines are none), JSONL or Parquet with one a row.
         out: JSONL: {"input": file:line, "text", "num_tokens", "finish_reason"}.
         batch, unit: inputs a forward pass holds, and batches that decode side by side.
+        predictors: names of `raymoe.inference.predictors.NAMES`.
         command: the command line, for `json`.
 
     Raises:
@@ -103,7 +106,7 @@ def generate(
         inputs = read_inputs(data, text_field, tokenizer, drawing.seed)
         say(f"{len(inputs):,} with {sum(len(given.tokens) for given in inputs):,} tokens")
     with stage(console, "model") as say:
-        engine = StaticEngine(model, expert_memory=expert_memory, dtype=dtype)
+        engine = StaticEngine(model, expert_memory=expert_memory, dtype=dtype, predictors=predictors)
         say(
             f"{engine.facts['model_type']}, {engine.cache.num_slots} of {engine.cache.num_experts} experts in memory, "
             f"on {engine.facts['device']}"
@@ -222,7 +225,7 @@ def _progress(console: Console, total: int) -> Iterator[Any]:
 
 def _row(engine: StaticEngine, elapsed_s: float) -> dict[str, Any]:
     stats = engine.stats()
-    grouping, cache = stats.pop("grouping"), stats.pop("cache")
+    grouping, prediction, cache = (stats.pop(name) for name in ("grouping", "prediction", "cache"))
     return {
         **stats,
         "elapsed_s": elapsed_s,
@@ -230,6 +233,9 @@ def _row(engine: StaticEngine, elapsed_s: float) -> dict[str, Any]:
         "stall_s": cache["stall_s"],
         "grouping_state": grouping["state"],
         "grouping_reason": grouping["reason"],
+        "prediction_state": prediction["state"],
+        "prediction_reason": prediction["reason"],
+        "predictors": prediction["predictors"],
     }
 
 
@@ -250,6 +256,7 @@ def _print_report(row: dict[str, Any], console: Console) -> None:
     )
     console.print(table)
     console.print(
-        f"hit rate and experts a step are of decoding; regrouping is {row['grouping_state']}: {row['grouping_reason']}",
+        f"hit rate and experts a step are of decoding; regrouping is {row['grouping_state']}: {row['grouping_reason']}; prediction "
+        f"is {row['prediction_state']}: {row['prediction_reason']}",
         style="dim",
     )

@@ -8,24 +8,24 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import GenerationConfig
 
 from raymoe.inference.cache import ExpertCache
 from raymoe.inference.counters import CacheCounters
+from raymoe.inference.engine import DEFAULT_PREDICTORS
 from raymoe.inference.eviction import EvictionPolicy, LeastRecentlyUsed
-from raymoe.inference.experts import CachedExperts
+from raymoe.inference.foresight import Foresight
+from raymoe.inference.predictors import predictors_by_name
 from raymoe.inference.predictors.path_predictor import PathPredictor
-from raymoe.inference.static_forward import DecoderForward, EncoderDecoderForward, Foreknowledge, RoutedRows
+from raymoe.inference.static_forward import DecoderForward, EncoderDecoderForward, RoutedRows
 from raymoe.inference.static_grouping import UnitOptions, UnitRoutes, UnitScheduler
 from raymoe.inference.static_sampling import Choosing, StaticSequence
 from raymoe.inference.static_unit import Unit, UnitCounters
-from raymoe.inference.tiers import CheckpointTier
-from raymoe.models import MoELayer, attach_runtime, load_without_experts, warm_up_layers
+from raymoe.inference.tiers import CheckpointTier, Tiers
+from raymoe.models import attach_runtime, load_without_experts, warm_up_layers
 
 
 @dataclass(frozen=True)
@@ -51,38 +51,6 @@ class Answer:
     finish_reason: Literal["stop", "length"] = "length"
 
 
-class DecoderCache:
-    """The expert cache as the decoder's MoE layers see it, counted from 0: what a `Foresight` is made with. An encoder's layers are
-    not visited while tokens are decoded, and nothing is foretold of them."""
-
-    def __init__(self, cache: ExpertCache, first: int, layers: Sequence[MoELayer]):
-        """`first`: MoE layers before the decoder's."""
-        self._cache, self._first, self._num_layers = cache, first, len(layers)
-        self.num_experts = sum(layer.num_experts for layer in layers)
-
-    def __getattr__(self, name: str) -> Any:
-        # whatever does not count layers is the cache's own
-        return getattr(self._cache, name)
-
-    def expect(self, layer: int, probability: Any) -> None:
-        """As `ExpertCache.expect`."""
-        self._cache.expect(layer + self._first, probability)
-
-    def wish(self, keys: Iterable[tuple[int, int]]) -> None:
-        """As `ExpertCache.wish`."""
-        self._cache.wish((layer + self._first, expert) for layer, expert in keys)
-
-    def residents(self) -> NDArray[np.bool_]:
-        """As `ExpertCache.residents`."""
-        return self._cache.residents()[self._first :]
-
-
-class MakeForeknowledge(Protocol):
-    """Makes what foretells experts, for the decoder's MoE layers."""
-
-    def __call__(self, cache: DecoderCache, layers: list[MoELayer]) -> Foreknowledge: ...
-
-
 class StaticEngine:
     """Generates for lists of inputs in static batches, with at most a budget of experts in memory. For one thread at a time."""
 
@@ -93,10 +61,10 @@ class StaticEngine:
         expert_memory: str | int = "50%",
         dtype: str = "float32",
         device: str | None = None,
-        expert_readers: int = 0,
-        direct_io: bool = False,
+        expert_readers: int = 1,
+        direct_io: bool = True,
         eviction: Callable[[int, int], EvictionPolicy] = LeastRecentlyUsed,
-        foreknowledge: MakeForeknowledge | None = None,
+        predictors: Sequence[str] = DEFAULT_PREDICTORS,
     ):
         """Loads the dense part of the model.
 
@@ -106,12 +74,14 @@ class StaticEngine:
             dtype: of the weights and the computation, a name of torch's.
             device: "cpu" or "cuda"; default CUDA where there is one.
             expert_readers: threads that fetch experts while others compute; without any, nothing is fetched ahead.
-            direct_io: read experts past the page cache.
+            direct_io: read the checkpoint's files past the page cache, which otherwise serves experts from memory that no budget
+                knows of.
             eviction: makes the expert cache's policy from (layers, slots).
-            foreknowledge: makes what foretells experts; None: they are fetched on demand only.
+            predictors: names of `raymoe.inference.predictors.NAMES`, for the decoder; each judges itself, and rests where it does
+                not pay.
 
         Raises:
-            ValueError: a family without experts that raymoe can reach, an incomplete checkpoint, a predictor beside it that is
+            ValueError: a family without experts that raymoe can reach, an incomplete checkpoint, a predictor that is unknown or
                 damaged, or a budget below one expert.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -126,24 +96,38 @@ class StaticEngine:
         self._positions: int | None = getattr(config, "max_position_embeddings", None)
         self.is_encoder_decoder = bool(self._model.config.is_encoder_decoder)
         """Answers do not continue their inputs."""
+        numel, num_experts = [layer.layout.numel for layer in layers], [layer.num_experts for layer in layers]
+        tiers = Tiers({"file": CheckpointTier(files)})
+        tiers.measure(numel, num_experts, torch_dtype)
         self.cache = ExpertCache(
-            CheckpointTier(files),
-            numel=[layer.layout.numel for layer in layers],
-            num_experts=[layer.num_experts for layer in layers],
+            tiers,
+            numel=numel,
+            num_experts=num_experts,
             budget=expert_memory,
             dtype=torch_dtype,
             device=device,
             policy=eviction,
             readers=expert_readers,
         )
-        self._decoder_cache = DecoderCache(self.cache, first, self._decoder_layers)
-        foretelling = None if foreknowledge is None else foreknowledge(self._decoder_cache, self._decoder_layers)
-        self._rows = RoutedRows(CachedExperts(self.cache, layers), first, foretelling)
+        self._expert_bytes = [count * torch_dtype.itemsize for count in numel[first:]]
+        self._rows = RoutedRows(self.cache, layers, first)
+        rate = tiers.stats()[-1].rate
+        try:
+            self._rows.foresight = Foresight(
+                cast(ExpertCache, self._rows.decoder_cache),
+                predictors_by_name(predictors, self._path, self._decoder_layers, vocab_size=self._vocab_size),
+                num_experts=num_experts[first:],
+                expert_bytes=self._expert_bytes,
+                policy=eviction,
+                fetch_s=rate.seconds(self.cache.slot_bytes) if rate is not None else 1e-3,
+            )
+        except BaseException:
+            self.cache.close()
+            raise
         attach_runtime(self._model, self._rows)
         warm_up_layers(layers, torch_dtype, torch.device(device), is_training=False)
         forward = EncoderDecoderForward if self.is_encoder_decoder else DecoderForward
         self._forward = forward(self._model, self._rows)
-        self._expert_bytes = [layer.layout.numel * torch_dtype.itemsize for layer in self._decoder_layers]
         self._names = itertools.count()
         self.counters = UnitCounters()
         self._grouping: dict[str, Any] = {"state": "off", "reason": "nothing was run yet"}
@@ -259,6 +243,7 @@ class StaticEngine:
             "cache": asdict(self.cache.total),
             **self.counters.as_row(),
             "grouping": self._grouping,
+            "prediction": self._rows.foresight.report() if self._rows.foresight is not None else {},
         }
 
     def close(self) -> None:
@@ -279,7 +264,7 @@ class StaticEngine:
             len(self._decoder_layers),
             num_experts,
             top_k,
-            residents=lambda: self._decoder_cache.residents()[:, :num_experts],
+            residents=lambda: self._rows.decoder_cache.residents()[:, :num_experts],
             predictor=predictor,
         )
         return UnitScheduler(routes, batch_size, options, expert_bytes=self._expert_bytes)

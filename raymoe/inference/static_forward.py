@@ -7,7 +7,8 @@ transformers' router): on the right it comes after everything real and takes not
 B sequences of the batch, T tokens of a forward pass, padding included, K choices per token, H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -16,77 +17,70 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_outputs import MoEModelOutput
 
+from raymoe.inference.cache import ExpertCache
+from raymoe.inference.decoder_cache import DecoderCache
+from raymoe.inference.experts import CachedExperts
+from raymoe.inference.foresight import Foresight
 from raymoe.inference.static_sampling import StaticSequence
-from raymoe.models import ExpertsRuntime, MoELayer
-
-
-class Foreknowledge(Protocol):
-    """What `raymoe.inference.foresight.Foresight` is called with. Layers count the decoder's MoE layers, from 0."""
-
-    def step_begins(self, token_ids: Tensor, requests: Sequence[str]) -> object:
-        """int64 [T] that enter the decoder's step, without padding, and whose each of them is."""
-        ...
-
-    def routed(self, layer: int, hidden: Tensor, expert_index: Tensor, wanted: Sequence[int]) -> object:
-        """The router of a layer has decided, before its experts are computed: hidden [T, H], expert_index int64 [T, K], without
-        padding, and the distinct experts in it."""
-        ...
-
-    def ended(self, request: str) -> object:
-        """A sequence is over."""
-        ...
-
+from raymoe.models import MoELayer
 
 Saw = Callable[[int, Sequence[str], Tensor], object]
 """(MoE layer of the decoder, whose row each row is, expert_index [T, K]): the rows of padding are left out."""
 
 
 class RoutedRows:
-    """The runtime in front of the cached experts. Padding takes no expert, so that none is fetched for it; who wants to know what
-    the decoder's routers say is told."""
+    """The runtime behind the model's experts: the cached ones. Padding takes no expert, so that none is fetched for it. Who wants
+    to know what the decoder's routers say is told."""
 
-    def __init__(self, experts: ExpertsRuntime, num_encoder_layers: int, foreknowledge: Foreknowledge | None = None):
-        """`num_encoder_layers`: MoE layers that come before the decoder's."""
-        self._experts, self._first, self._foreknowledge = experts, num_encoder_layers, foreknowledge
+    def __init__(self, cache: ExpertCache, layers: list[MoELayer], num_encoder_layers: int):
+        """`layers`: all of the model's, those of an encoder first."""
+        self._experts = CachedExperts(cache, layers, self._routed)
+        self._first = num_encoder_layers
         self._names: list[str] = []
         self._is_real: Tensor | None = None
+        num_experts = sum(layer.num_experts for layer in layers[num_encoder_layers:])
+        self.decoder_cache = DecoderCache(cache, num_encoder_layers, num_experts)
+        self.foresight: Foresight | None = None
+        """Made with `decoder_cache`."""
         self.saw: Saw | None = None
-        """Told of every decoder layer, where set."""
+        """Told of every layer of the decoder, where set."""
 
-    def encoding(self, mask: Tensor) -> None:
-        """The next forward pass is an encoder's; mask [B, S], 0 is padding."""
+    @contextmanager
+    def encoding(self, mask: Tensor) -> Iterator[None]:
+        """Around an encoder's forward pass; mask [B, S], 0 is padding."""
         self._is_real = _unless_all(mask)
+        with self.decoder_cache.encoding():
+            yield
 
     def decoding(self, ids: Tensor, sequences: Sequence[StaticSequence], mask: Tensor | None = None) -> None:
         """The next forward pass is a decoder's: ids int64 [B, S]; mask [B, S], 0 is padding; None: there is none."""
         self._is_real = None if mask is None else _unless_all(mask)
         lengths = [ids.shape[1]] * len(sequences) if mask is None else mask.sum(dim=1).tolist()
-        # a list of its own for each pass: schedulers know a pass by it
+        # a list of its own for each pass: routes know a pass by it
         self._names = [s.name for s, length in zip(sequences, lengths, strict=True) for _ in range(int(length))]
-        if self._foreknowledge is not None:
-            self._foreknowledge.step_begins(self._real(ids.flatten()), self._names)
+        if self.foresight is not None:
+            self.foresight.step_begins(self._real(ids.flatten()), self._names)
 
     def ended(self, sequences: Sequence[StaticSequence]) -> None:
         """They are over."""
-        if self._foreknowledge is not None:
+        if self.foresight is not None:
             for sequence in sequences:
-                self._foreknowledge.ended(sequence.name)
+                self.foresight.ended(sequence.name)
 
     def __call__(self, layer: MoELayer, hidden: Tensor, expert_index: Tensor, expert_weight: Tensor) -> Tensor:
         """As an `ExpertsRuntime`."""
-        if layer.index >= self._first:
-            self._tell(layer, hidden, self._real(expert_index))
         if self._is_real is not None:
             expert_index = expert_index.masked_fill(~self._is_real[:, None], layer.num_experts)
         return self._experts(layer, hidden, expert_index, expert_weight)
 
-    def _tell(self, layer: MoELayer, hidden: Tensor, expert_index: Tensor) -> None:
-        index = layer.index - self._first
+    def _routed(self, layer: int, hidden: Tensor, expert_index: Tensor, wanted: list[int]) -> None:
+        if layer < self._first:
+            return
+        expert_index = self._real(expert_index)
         if self.saw is not None:
-            self.saw(index, self._names, expert_index)
-        if self._foreknowledge is not None:
-            wanted = [expert for expert in expert_index.unique().tolist() if expert < layer.num_experts]
-            self._foreknowledge.routed(index, self._real(hidden), expert_index, wanted)
+            self.saw(layer - self._first, self._names, expert_index)
+        if self.foresight is not None:
+            self.foresight.routed(layer - self._first, self._real(hidden), expert_index, wanted)
 
     def _real(self, rows: Tensor) -> Tensor:
         return rows if self._is_real is None else rows[self._is_real]
@@ -153,8 +147,8 @@ class EncoderDecoderForward:
         longest = max(len(s.prompt) for s in sequences)
         mask = self._mask(sequences, longest)
         ids = _tensor([s.prompt + [0] * (longest - len(s.prompt)) for s in sequences], self._model.device)
-        self._rows.encoding(mask)
-        hidden = self._model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+        with self._rows.encoding(mask):
+            hidden = self._model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
         # batches exchange sequences, so what is kept of them is equally long in all
         hidden = F.pad(hidden, (0, 0, 0, width - longest))
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, PreTrainedModel
 
+from raymoe.inference import static_engine
+from raymoe.inference.predictors import Judge
 from raymoe.inference.static_engine import StaticEngine, StaticInput
 from raymoe.inference.static_grouping import UnitOptions
 from tests.inference.conftest import random_prompts
@@ -260,9 +262,16 @@ def test_bad_inputs_are_named(models):
         StaticEngine(models["switch"][1], expert_memory=1)
 
 
-def test_a_run_that_is_left_lets_go_of_its_sequences(models):
+@pytest.fixture
+def told(monkeypatch) -> "Told":
+    """What stands for the engine's `Foresight`."""
     told = Told()
-    with StaticEngine(models["olmoe"][1], foreknowledge=lambda cache, layers: told) as engine:
+    monkeypatch.setattr(static_engine, "Foresight", told.made)
+    return told
+
+
+def test_a_run_that_is_left_lets_go_of_its_sequences(models, told):
+    with StaticEngine(models["olmoe"][1]) as engine:
         answers = engine.run([StaticInput(p) for p in random_prompts([3] * 5)], batch_size=2, num_batches=2)
         next(answers)
         answers.close()
@@ -277,6 +286,12 @@ class Told:
         self.steps: list[tuple[list[int], list[str]]] = []
         self.layers: list[list[tuple[int, int, list[list[int]], list[int]]]] = []
         self.over: list[str] = []
+        self.cache: Any = None
+        self.facts: dict[str, Any] = {}
+
+    def made(self, cache, predictors, **facts):
+        self.cache, self.facts = cache, facts
+        return self
 
     def step_begins(self, token_ids, requests):
         self.steps.append((token_ids.tolist(), list(requests)))
@@ -290,10 +305,9 @@ class Told:
 
 
 @pytest.mark.parametrize("family", ["switch", "olmoe"])
-def test_who_foretells_hears_of_the_decoder_without_padding(models, family):
-    told = Told()
+def test_who_foretells_hears_of_the_decoder_without_padding(models, told, family):
     prompts = random_prompts([5, 2, 7])
-    with StaticEngine(models[family][1], foreknowledge=lambda cache, layers: told) as engine:
+    with StaticEngine(models[family][1]) as engine:
         answers = engine.generate(prompts, batch_size=3, config=config(max_new_tokens=4, eos_token_id=None))
     is_switch = family == "switch"
     first_ids, first_names = told.steps[0]
@@ -309,23 +323,39 @@ def test_who_foretells_hears_of_the_decoder_without_padding(models, family):
     assert told.over == ["sequence-0", "sequence-1", "sequence-2"]
 
 
-def test_the_decoder_sees_the_cache_with_its_own_layers(models):
-    seen = {}
-    with StaticEngine(
-        models["switch"][1],
-        expert_memory="100%",
-        foreknowledge=lambda cache, layers: seen.update(c=cache, l=layers) or Told(),
-    ) as engine:
-        cache = seen["c"]
-        assert (cache.num_experts, cache.num_slots, len(seen["l"])) == (10, 20, 2)
+def test_predictors_see_the_cache_with_the_decoders_layers(models, told):
+    with StaticEngine(models["switch"][1], expert_memory="100%") as engine:
+        cache = told.cache
+        assert (cache.num_experts, cache.num_slots, told.facts["num_experts"]) == (10, 20, [5, 5])
         engine.generate([[3, 4, 5]], config=config(max_new_tokens=2))
         assert (cache.residents() == engine.cache.residents()[2:]).all()
-        told = []
-        engine.cache.expect = lambda layer, probability: told.append((layer, probability))
-        engine.cache.wish = lambda keys: told.append(list(keys))
+        # three tokens went through the encoder, two through the decoder
+        assert cache.totals().misses == cache.residents().sum()
+        assert engine.cache.total.misses == engine.cache.resident
+        calls = []
+        engine.cache.expect = lambda layer, probability: calls.append((layer, probability))
+        engine.cache.wish = lambda keys: calls.append(list(keys))
         cache.expect(1, {4: 0.5})
         cache.wish([(0, 3), (1, 2)])
-        assert told == [(3, {4: 0.5}), [(2, 3), (3, 2)]]
+        assert calls == [(3, {4: 0.5}), [(2, 3), (3, 2)]]
+
+
+@pytest.mark.parametrize("family", ["switch", "olmoe"])
+def test_predictors_change_no_token(models, family):
+    """With all of them heeded from the first step on, whether they are right or not."""
+    model, path = models[family]
+    prompts = random_prompts(LENGTHS)
+    names = ("look_ahead", "token_table", "transitions", "path")
+    with (
+        StaticEngine(path, expert_memory="40%", predictors=names, expert_readers=1) as engine,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(Judge, "is_on", True)
+        answers = engine.generate(prompts, batch_size=2, num_batches=2, config=config(), grouping=EAGER)
+        assert engine.cache.total.prefetched > 0
+        report = engine.stats()["prediction"]["predictors"]
+    assert answers == truth(model, prompts, max_new_tokens=12)
+    assert [arm["predictor"] for arm in report] == ["look_ahead", "token_table", "transitions"], "no path was trained"
 
 
 @pytest.fixture(scope="module")
@@ -385,7 +415,7 @@ def test_grouping_rests_where_nothing_is_to_be_gained(models):
         assert engine.stats()["grouping"] == {"state": "off", "reason": "all is resident"}
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     lengths=st.lists(st.integers(1, 6), min_size=1, max_size=7),
     batch_size=st.integers(1, 4),
