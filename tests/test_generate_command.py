@@ -46,7 +46,7 @@ def run(
 ) -> str:
     """What the command prints."""
     shown = StringIO()
-    options = OPTIONS | {"json": None} | changes
+    options: dict[str, Any] = OPTIONS | {"json": None} | changes
     drawing = drawing or Drawing(max_new_tokens=6, temperature=0.0)
     console = Console(file=shown, width=200)
     generate(folder / model, str(folder / data), out, drawing=drawing, console=console, command="c", **options)
@@ -64,7 +64,7 @@ def test_answers_are_those_of_transformers(folder, family, tmp_path):
     assert set(found) == {f"in.txt:{n}" for n in (1, 3, 4, 5, 6)}
     tokenizer = load_tokenizer(folder / family)
     model = tiny_switch() if family == "switch" else tiny_model("olmoe")
-    whole = type(model).from_pretrained(folder / family)
+    whole: Any = type(model).from_pretrained(folder / family)
     num_tokens = 0
     for number, text in zip((1, 3, 4, 5, 6), TEXTS, strict=True):
         ids = tokenizer(text)["input_ids"]
@@ -90,7 +90,7 @@ def test_answers_are_those_of_transformers(folder, family, tmp_path):
 
 def test_rows_are_read_by_field_and_seeds_are_their_own(folder, tmp_path):
     drawing = Drawing(max_new_tokens=6, temperature=1.0, top_k=50, top_p=0.9, seed=3)
-    options = {"data": "in.jsonl", "drawing": drawing, "text_field": "say"}
+    options: dict[str, Any] = {"data": "in.jsonl", "drawing": drawing, "text_field": "say"}
     run(folder, "switch", tmp_path / "a", **options)
     run(folder, "switch", tmp_path / "b", batch=5, unit=1, expert_memory="100%", **options)
     a, b = ({line["input"]: line["text"] for line in lines(tmp_path / name)} for name in "ab")
@@ -118,8 +118,9 @@ def test_rows_are_read_by_field_and_seeds_are_their_own(folder, tmp_path):
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line(folder, tmp_path, changes, said):
+    options: dict[str, Any] = {"model": "olmoe", "out": tmp_path / "out"} | changes
     with pytest.raises(ValueError, match=said) as caught:
-        run(folder, **({"model": "olmoe", "out": tmp_path / "out"} | changes))
+        run(folder, **options)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 

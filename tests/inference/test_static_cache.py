@@ -1,12 +1,13 @@
 """Sequences that change places between the caches of static batches."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import DynamicCache, EncoderDecoderCache, GptOssConfig, Qwen3NextConfig
+from transformers import Cache, DynamicCache, EncoderDecoderCache, GptOssConfig, Qwen3NextConfig
 
 from raymoe.inference.static_cache import bytes_per_sequence, can_exchange, exchange, keep_rows, num_moved, settle
 
@@ -26,10 +27,11 @@ def filled(numbers: list[int], first_part: int = 0) -> DynamicCache:
     return cache
 
 
-def holds(cache: DynamicCache, numbers: list[int], first_part: int = 0) -> bool:
-    return len(cache.layers) == LAYERS and all(
+def holds(cache: Cache, numbers: list[int], first_part: int = 0) -> bool:
+    layers: list[Any] = cache.layers
+    return len(layers) == LAYERS and all(
         torch.equal(kept, rows(numbers, index, first_part + part))
-        for index, layer in enumerate(cache.layers)
+        for index, layer in enumerate(layers)
         for part, kept in enumerate((layer.keys, layer.values))
     )
 

@@ -3,67 +3,16 @@
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
-from raymoe.inference import static_engine
-from raymoe.inference.predictors import Judge
+from raymoe.inference import SamplingParams
 from raymoe.inference.static_engine import StaticEngine, StaticInput
 from raymoe.inference.static_grouping import UnitOptions
 from tests.inference.conftest import random_prompts
-from tests.tiny_models import tiny_model, tiny_switch
-
-LENGTHS = [3, 9, 15, 5, 1]
-EAGER = UnitOptions(margin=0.0, copy_cost=0.0, stride=1)
-"""Exchanges sequences whenever that seems to save a byte."""
-
-
-def lively_switch(**changes: Any) -> PreTrainedModel:
-    """A Switch whose experts and decoder matter to what it says."""
-    sizes = {"num_layers": 2, "num_decoder_layers": 2, "tie_word_embeddings": False}
-    model = tiny_switch(**(sizes | changes))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".experts." in name and name.endswith("wo.weight"):
-                parameter.mul_(5.0)
-    return model
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, tuple[PreTrainedModel, Any]]:
-    """family -> (model, its directory); Switch with a capacity that binds in nearly every input."""
-    made = {}
-    for family, model in {
-        "switch": lively_switch(expert_capacity=1),
-        "olmoe": tiny_model("olmoe"),
-        "gpt_oss": tiny_model("gpt_oss", layer_types=["full_attention", "sliding_attention"], sliding_window=8),
-        "deepseek_v3": tiny_model("deepseek_v3"),
-    }.items():
-        path = tmp_path_factory.mktemp(family)
-        model.save_pretrained(path)
-        made[family] = model, path
-    return made
-
-
-_KNOWN: dict[tuple[PreTrainedModel, tuple[int, ...], str], list[int]] = {}
-
-
-def truth(model: PreTrainedModel, prompts: list[list[int]], **options: Any) -> list[list[int]]:
-    """Of the whole model in memory, each input alone and without padding."""
-    answers = []
-    for prompt in prompts:
-        key = model, tuple(prompt), repr(options)
-        if key not in _KNOWN:
-            out = model.generate(torch.tensor([prompt]), do_sample=False, pad_token_id=0, **options)
-            _KNOWN[key] = out[0, 1 if model.config.is_encoder_decoder else len(prompt) :].tolist()
-        answers.append(_KNOWN[key])
-    return answers
-
-
-def config(**options: Any) -> GenerationConfig:
-    return GenerationConfig(**({"max_new_tokens": 12, "do_sample": False} | options))
+from tests.inference.static_models import EAGER, LENGTHS, config, lively_switch, saved, truth
+from tests.tiny_models import tiny_model
 
 
 @pytest.mark.parametrize(
@@ -71,8 +20,8 @@ def config(**options: Any) -> GenerationConfig:
     [("switch", 1, 1), ("switch", 3, 1), ("switch", 2, 4), ("olmoe", 1, 1), ("olmoe", 3, 2), ("gpt_oss", 3, 1),
      ("deepseek_v3", 2, 1)],
 )  # fmt: skip
-def test_tokens_are_those_of_the_whole_model_at_every_budget(models, family, num_batches, stride):
-    model, path = models[family]
+def test_tokens_are_those_of_the_whole_model_at_every_budget(family, num_batches, stride):
+    model, path = saved(family)
     prompts = random_prompts(LENGTHS)
     expected = truth(model, prompts, max_new_tokens=12)
     assert len({token for answer in expected for token in answer}) > 10
@@ -93,10 +42,10 @@ def one_expert(path) -> int:
         return engine.cache.slot_bytes
 
 
-def test_sequences_end_early_each_at_its_own_place(models):
+def test_sequences_end_early_each_at_its_own_place():
     """The end token is one that answers hold at different places, so batches shrink, merge and vanish."""
     for family in ("switch", "olmoe"):
-        model, path = models[family]
+        model, path = saved(family)
         prompts = random_prompts([*LENGTHS, 6, 2, 14], seed=3)
         free = truth(model, prompts, max_new_tokens=16, eos_token_id=None)
         ends = [answer[i] for i, answer in enumerate(free[:4])]
@@ -110,8 +59,8 @@ def test_sequences_end_early_each_at_its_own_place(models):
             assert answer.finish_reason == ("stop" if answer.tokens[-1] in ends else "length")
 
 
-def test_answers_come_before_later_units_are_read(models):
-    _, path = models["olmoe"]
+def test_answers_come_before_later_units_are_read():
+    _, path = saved("olmoe")
     taken = []
 
     def inputs():
@@ -126,9 +75,9 @@ def test_answers_come_before_later_units_are_read(models):
         assert [answer.number for answer in answers] == [1, 2, 3, 4, 5]
 
 
-def test_right_padding_takes_no_capacity(models):
+def test_right_padding_takes_no_capacity():
     """A token fills an expert's capacity, so padding that counted before one would drop it."""
-    model, path = models["switch"]
+    model, path = saved("switch")
     prompts = random_prompts([20, 1, 9])
     expected = truth(model, prompts, max_new_tokens=12)
     with StaticEngine(path, expert_memory="100%") as engine:
@@ -137,10 +86,10 @@ def test_right_padding_takes_no_capacity(models):
     assert [one == other for one, other in zip(expected, roomy, strict=True)] == [False, True, False]
 
 
-def test_padding_wants_no_expert(models):
+def test_padding_wants_no_expert():
     """A batch wants the union of what its inputs want alone, whatever their lengths."""
     for family in ("switch", "olmoe"):
-        _, path = models[family]
+        _, path = saved(family)
         prompts = random_prompts([30, 1, 1], seed=5)
         wanted = {}
         for name, rows in {"short": prompts[1:], "all": prompts}.items():
@@ -154,8 +103,8 @@ def test_padding_wants_no_expert(models):
 
 
 @pytest.mark.parametrize("family", ["switch", "olmoe"])
-def test_sampled_tokens_depend_on_the_seed_alone(models, family):
-    _, path = models[family]
+def test_sampled_tokens_depend_on_the_seed_alone(family):
+    _, path = saved(family)
     prompts = random_prompts(LENGTHS)
     drawn = config(do_sample=True, temperature=1.3, top_k=0, top_p=0.9, eos_token_id=None)
     inputs = [StaticInput(prompt, seed=100 + n) for n, prompt in enumerate(prompts)]
@@ -171,8 +120,6 @@ def test_sampled_tokens_depend_on_the_seed_alone(models, family):
 
 
 def test_a_seed_gives_the_tokens_of_the_serving_engine(saved_model, make_engine):
-    from raymoe.inference import SamplingParams
-
     _, path = saved_model("olmoe")
     prompts = random_prompts([5, 11, 2])
     params = [SamplingParams(max_tokens=10, seed=seed, temperature=0.8, stop_token_ids=()) for seed in (7, 8, 9)]
@@ -196,18 +143,18 @@ def test_a_seed_gives_the_tokens_of_the_serving_engine(saved_model, make_engine)
         {"sequence_bias": [[[7], 4.0], [[8, 9], -3.0]]},
     ],
 )
-def test_transformers_processors_see_a_sequence_without_its_padding(models, family, options):
-    model, path = models[family]
+def test_transformers_processors_see_a_sequence_without_its_padding(family, options):
+    model, path = saved(family)
     prompts = random_prompts([3, 9, 6])
     expected = truth(model, prompts, max_new_tokens=12, **options)
     with StaticEngine(path) as engine:
         assert engine.generate(prompts, config=config(**options)) == expected
 
 
-def test_lengths_follow_the_configurations_as_in_transformers(models, tmp_path):
+def test_lengths_follow_the_configurations_as_in_transformers(tmp_path):
     prompts = random_prompts([4, 9])
     for family in ("switch", "olmoe"):
-        model, path = models[family]
+        model, path = saved(family)
         with StaticEngine(path) as engine:
             for options in ({"max_length": 15}, {}):
                 found = engine.generate(prompts, config=GenerationConfig(do_sample=False, **options))
@@ -232,14 +179,14 @@ def test_lengths_follow_the_configurations_as_in_transformers(models, tmp_path):
         ({"max_time": 1.0}, "max_time = 1.0 is not supported"),
     ],
 )
-def test_what_static_batches_cannot_do_is_named(models, options, said):
-    with StaticEngine(models["olmoe"][1]) as engine, pytest.raises(ValueError, match=said):
+def test_what_static_batches_cannot_do_is_named(options, said):
+    with StaticEngine(saved("olmoe")[1]) as engine, pytest.raises(ValueError, match=said):
         engine.generate([[3]], config=config(**options))
 
 
-def test_bad_inputs_are_named(models):
+def test_bad_inputs_are_named():
     for family in ("switch", "olmoe"):
-        with StaticEngine(models[family][1]) as engine:
+        with StaticEngine(saved(family)[1]) as engine:
             for inputs, said in (
                 ([[3], []], "input 1: it is empty"),
                 ([[96]], "input 0: token 96 is not in the model's vocabulary of 96"),
@@ -251,7 +198,7 @@ def test_bad_inputs_are_named(models):
             for name in ("batch_size", "num_batches"):
                 with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
                     engine.generate([[3]], **{name: 0})
-    with StaticEngine(models["olmoe"][1]) as engine:
+    with StaticEngine(saved("olmoe")[1]) as engine:
         with pytest.raises(
             ValueError, match="input 0: 250 tokens and an answer of up to 7 are 257, but the model has 256"
         ):
@@ -259,160 +206,7 @@ def test_bad_inputs_are_named(models):
         with pytest.raises(ValueError, match="input 0: 9 tokens leave no room for an answer, as max_length is 9"):
             engine.generate([[3] * 9], config=GenerationConfig(max_length=9))
     with pytest.raises(ValueError, match="expert_memory: 1 is 1 bytes, less than one expert"):
-        StaticEngine(models["switch"][1], expert_memory=1)
-
-
-@pytest.fixture
-def told(monkeypatch) -> "Told":
-    """What stands for the engine's `Foresight`."""
-    told = Told()
-    monkeypatch.setattr(static_engine, "Foresight", told.made)
-    return told
-
-
-def test_a_run_that_is_left_lets_go_of_its_sequences(models, told):
-    with StaticEngine(models["olmoe"][1]) as engine:
-        answers = engine.run([StaticInput(p) for p in random_prompts([3] * 5)], batch_size=2, num_batches=2)
-        next(answers)
-        answers.close()
-        assert sorted(told.over) == [f"sequence-{n}" for n in range(4)]
-        assert engine.generate([[3, 4]], config=config(max_new_tokens=2))
-
-
-class Told:
-    """Notes what a `Foresight` would be told."""
-
-    def __init__(self):
-        self.steps: list[tuple[list[int], list[str]]] = []
-        self.layers: list[list[tuple[int, int, list[list[int]], list[int]]]] = []
-        self.over: list[str] = []
-        self.cache: Any = None
-        self.facts: dict[str, Any] = {}
-
-    def made(self, cache, predictors, **facts):
-        self.cache, self.facts = cache, facts
-        return self
-
-    def step_begins(self, token_ids, requests):
-        self.steps.append((token_ids.tolist(), list(requests)))
-        self.layers.append([])
-
-    def routed(self, layer, hidden, expert_index, wanted):
-        self.layers[-1].append((layer, len(hidden), expert_index.tolist(), list(wanted)))
-
-    def ended(self, request):
-        self.over.append(request)
-
-
-@pytest.mark.parametrize("family", ["switch", "olmoe"])
-def test_who_foretells_hears_of_the_decoder_without_padding(models, told, family):
-    prompts = random_prompts([5, 2, 7])
-    with StaticEngine(models[family][1]) as engine:
-        answers = engine.generate(prompts, batch_size=3, config=config(max_new_tokens=4, eos_token_id=None))
-    is_switch = family == "switch"
-    first_ids, first_names = told.steps[0]
-    assert first_ids == ([0, 0, 0] if is_switch else [token for prompt in prompts for token in prompt])
-    lengths = [1, 1, 1] if is_switch else [5, 2, 7]
-    assert first_names == [f"sequence-{n}" for n, length in enumerate(lengths) for _ in range(length)]
-    assert [ids for ids, _ in told.steps[1:]] == [[a[step] for a in answers] for step in range(3)]
-    for (ids, _), layers in zip(told.steps, told.layers, strict=True):
-        assert [layer for layer, *_ in layers] == [0, 1]
-        for _, num_hidden, index, wanted in layers:
-            assert num_hidden == len(index) == len(ids)
-            assert sorted(wanted) == sorted({expert for row in index for expert in row})
-    assert told.over == ["sequence-0", "sequence-1", "sequence-2"]
-
-
-def test_predictors_see_the_cache_with_the_decoders_layers(models, told):
-    with StaticEngine(models["switch"][1], expert_memory="100%") as engine:
-        cache = told.cache
-        assert (cache.num_experts, cache.num_slots, told.facts["num_experts"]) == (10, 20, [5, 5])
-        engine.generate([[3, 4, 5]], config=config(max_new_tokens=2))
-        assert (cache.residents() == engine.cache.residents()[2:]).all()
-        # three tokens went through the encoder, two through the decoder
-        assert cache.totals().misses == cache.residents().sum()
-        assert engine.cache.total.misses == engine.cache.resident
-        calls = []
-        engine.cache.expect = lambda layer, probability: calls.append((layer, probability))
-        engine.cache.wish = lambda keys: calls.append(list(keys))
-        cache.expect(1, {4: 0.5})
-        cache.wish([(0, 3), (1, 2)])
-        assert calls == [(3, {4: 0.5}), [(2, 3), (3, 2)]]
-
-
-@pytest.mark.parametrize("family", ["switch", "olmoe"])
-def test_predictors_change_no_token(models, family):
-    """With all of them heeded from the first step on, whether they are right or not."""
-    model, path = models[family]
-    prompts = random_prompts(LENGTHS)
-    names = ("look_ahead", "token_table", "transitions", "path")
-    with (
-        StaticEngine(path, expert_memory="40%", predictors=names, expert_readers=1) as engine,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setattr(Judge, "is_on", True)
-        answers = engine.generate(prompts, batch_size=2, num_batches=2, config=config(), grouping=EAGER)
-        assert engine.cache.total.prefetched > 0
-        report = engine.stats()["prediction"]["predictors"]
-    assert answers == truth(model, prompts, max_new_tokens=12)
-    assert [arm["predictor"] for arm in report] == ["look_ahead", "token_table", "transitions"], "no path was trained"
-
-
-@pytest.fixture(scope="module")
-def two_topics(tmp_path_factory):
-    """An OLMoE whose tokens choose experts by their parity, and whose answers keep the parity of their prompt: two topics that have
-    no expert in common."""
-    model = tiny_model("olmoe", num_hidden_layers=2)
-    with torch.no_grad():
-        odd = torch.arange(model.config.vocab_size) % 2 == 1
-        embedding = model.get_input_embeddings().weight
-        embedding.mul_(0.3)
-        embedding[:, 0] = torch.where(odd, 3.0, -3.0)
-        model.lm_head.weight[:, 0] = torch.where(odd, 3.0, -3.0)
-        for layer in model.model.layers:
-            layer.mlp.gate.weight.mul_(0.5)
-            layer.mlp.gate.weight[:, 0] = torch.where(torch.arange(8) >= 4, 4.0, -4.0)
-            layer.self_attn.o_proj.weight.mul_(0.1)
-            layer.mlp.experts.down_proj.mul_(0.1)
-    path = tmp_path_factory.mktemp("two_topics")
-    model.save_pretrained(path)
-    return model, path
-
-
-def test_grouping_brings_together_what_wants_the_same_experts(two_topics):
-    model, path = two_topics
-    topics = [0, 0, 1, 1, 0, 0, 1, 1]
-    prompts = [[2 + topic + 2 * k for k in range(3 + n)] for n, topic in enumerate(topics)]
-    expected = truth(model, prompts, max_new_tokens=40, eos_token_id=None)
-    assert [{token % 2 for token in answer} for answer in expected] == [{topic} for topic in topics]
-    row = {}
-    for num_batches in (1, 2):
-        with StaticEngine(path, expert_memory="25%") as engine:
-            settings_ = config(max_new_tokens=40, eos_token_id=None)
-            assert engine.generate(prompts, batch_size=4, num_batches=num_batches, config=settings_) == expected
-            row[num_batches] = engine.stats()
-    assert row[2]["grouping"]["state"] == "on"
-    assert row[2]["moved_sequences"] == 4
-    assert row[2]["regroupings"] == 1
-    assert row[2]["experts_per_step"] < 0.7 * row[1]["experts_per_step"]
-    assert row[2]["decode_bytes"] < 0.7 * row[1]["decode_bytes"]
-
-
-def test_grouping_rests_where_nothing_is_to_be_gained(models):
-    """Random routers: what is chosen costs as much as the order of arrival, and batches then run one after the other."""
-    _, path = models["olmoe"]
-    prompts = random_prompts([4] * 4)
-    with StaticEngine(path, expert_memory="50%") as engine:
-        options = {
-            "config": config(max_new_tokens=60, eos_token_id=None),
-            "grouping": UnitOptions(margin=0.5, window_steps=8),
-        }
-        engine.generate(prompts, batch_size=2, num_batches=2, **options)
-        assert engine.stats()["grouping"]["state"] != "on"
-        assert engine.stats()["moved_sequences"] == 0
-    with StaticEngine(path, expert_memory="100%") as engine:
-        engine.generate(prompts, batch_size=2, num_batches=2, config=config())
-        assert engine.stats()["grouping"] == {"state": "off", "reason": "all is resident"}
+        StaticEngine(saved("switch")[1], expert_memory=1)
 
 
 @settings(max_examples=8)
@@ -423,8 +217,8 @@ def test_grouping_rests_where_nothing_is_to_be_gained(models):
     stride=st.integers(1, 5),
     seed=st.integers(0, 1),
 )
-def test_any_shape_gives_the_same_answers(models, lengths, batch_size, num_batches, stride, seed):
-    model, path = models["switch"]
+def test_any_shape_gives_the_same_answers(lengths, batch_size, num_batches, stride, seed):
+    model, path = saved("switch")
     prompts = [prompt[:length] for prompt, length in zip(random_prompts([6] * 7, seed), lengths, strict=False)]
     ends = [1, 5, 17, 40]
     expected = truth(model, prompts, max_new_tokens=9, eos_token_id=ends)
@@ -434,8 +228,8 @@ def test_any_shape_gives_the_same_answers(models, lengths, batch_size, num_batch
         assert engine.generate(prompts, batch_size=batch_size, num_batches=num_batches, **options) == expected
 
 
-def test_bfloat16_answers(models):
+def test_bfloat16_answers():
     for family in ("switch", "olmoe"):
-        with StaticEngine(models[family][1], dtype="bfloat16", expert_memory="50%") as engine:
+        with StaticEngine(saved(family)[1], dtype="bfloat16", expert_memory="50%") as engine:
             answers = engine.generate(random_prompts([3, 5]), config=config(max_new_tokens=4, eos_token_id=None))
             assert [len(answer) for answer in answers] == [4, 4]
