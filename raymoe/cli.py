@@ -100,6 +100,38 @@ def serve(model: Annotated[Path, typer.Argument(help="Hugging Face directory.")]
 
 
 @app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="Hugging Face directory.")],
+    data: Annotated[str, typer.Option(help="Inputs: text, one a line; JSONL or Parquet, one a row; or a folder.")],
+    out: Annotated[Path, typer.Option(help="JSONL file to write, an answer a line, as they end.")],
+    expert_memory: Annotated[
+        str, typer.Option(help="For experts: a share of them all, or bytes such as 512MiB.")
+    ] = "50%",
+    batch: Annotated[int, typer.Option(help="Inputs that a forward pass holds.")] = 8,
+    unit: Annotated[int, typer.Option(help="Batches that exchange inputs which want the same experts.")] = 1,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Of an answer; default: the model's own.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0: greedy; default: the model's own way.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest tokens of that probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw among that many likeliest tokens.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first input; each further one has the next.")] = 0,
+    text_field: Annotated[str, typer.Option(help="JSONL key or Parquet column that holds the input.")] = "text",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights and computation.")] = "float32",
+    predictors: Annotated[
+        str, typer.Option(help="What foretells experts: look_ahead,token_table,transitions,path, or nothing.")
+    ] = "look_ahead,token_table,path",
+    json: Json = None,
+) -> None:
+    """Answer a file of inputs in static batches, with the experts of MODEL in a cache of a chosen size; encoder-decoders too."""
+    from raymoe.commands.generate import Drawing
+    from raymoe.commands.generate import generate as run
+
+    run(model, data, out, expert_memory=expert_memory, batch=batch, unit=unit, text_field=text_field, dtype=dtype,
+        predictors=[name.strip() for name in predictors.split(",") if name.strip()],
+        drawing=Drawing(max_new_tokens, temperature, top_p, top_k, seed), console=shown_console(), command=shown_command(),
+        json=json)  # fmt: skip
+
+
+@app.command()
 def trace(
     model: Annotated[Path, typer.Argument(help="Hugging Face directory.")],
     data: Annotated[str, typer.Option(help="Text, JSONL or Parquet file, or a folder of them.")] = "stdlib",
