@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from raymoe.config.base import Strict
+from raymoe.config.expert_hosts import ExpertHostsConfig
 from raymoe.config.memory import parse_memory
 
 Dtype = Literal["float32", "bfloat16", "float64"]
@@ -42,6 +43,10 @@ class ServeConfig(Strict):
     predictors: list[Literal["look_ahead", "token_table", "transitions", "path"]] = ["look_ahead", "token_table", "path"]
     """What foretells the experts that layers will want; each rests by itself where it does not pay. `path` needs
     `raymoe predictor train`."""
+    expert_hosts: ExpertHostsConfig | None = None
+    """Actors that hold experts in memory, on this node and others: a number of them, or {count: 3, memory: 40%, ...}."""
+    on_miss: Literal["wait", "send"] = "wait"
+    """`wait`: bring the expert. `send`: have a host that holds it compute the rows, where that is expected to be cheaper."""
     max_ongoing_requests: int = Field(default=256, ge=1)
     """Requests a replica works on at once; further ones wait in the queue."""
     max_queued_requests: int = Field(default=512, ge=1)
