@@ -15,6 +15,7 @@ from raymoe.actors.session import NAMESPACE
 from raymoe.config import ExpertHostsConfig
 
 _POLL_S = 0.05
+_NAME_S = 30.0
 
 
 @ray.remote(num_cpus=0, max_concurrency=8)
@@ -24,11 +25,12 @@ class ExpertDirectory:
     Args:
         model: the checkpoint, where all nodes see it.
         dtype: that experts are held in, a name of torch's.
+        variables: of the hosts' environment.
     """
 
-    def __init__(self, model: Path, config: ExpertHostsConfig, dtype: str):
+    def __init__(self, model: Path, config: ExpertHostsConfig, dtype: str, variables: dict[str, str]):
         logging.basicConfig(level=env.log_level())
-        self._fleet = HostFleet(model, config, dtype)
+        self._fleet = HostFleet(model, config, dtype, variables)
 
     def __repr__(self) -> str:
         return "ExpertDirectory"
@@ -55,6 +57,9 @@ class ExpertDirectory:
             time.sleep(_POLL_S)
         return f"none was placed within {timeout_s:g} s; the cluster may lack the CPUs or GPUs that each reserves"
 
+    def ping(self) -> None:
+        """Answers."""
+
     def scale(self, count: int) -> None:
         """Has so many hosts from now on. Raises: ValueError."""
         self._fleet.scale(count)
@@ -64,6 +69,20 @@ class ExpertDirectory:
         return self._fleet.facts()
 
 
-def start_directory(name: str, model: Path, config: ExpertHostsConfig, dtype: str) -> ActorHandle:
-    """Starts the directory `name` and with it the hosts; all end with the calling process, or when the handle goes."""
-    return ExpertDirectory.options(name=name, namespace=NAMESPACE).remote(model, config, dtype)
+def start_directory(
+    name: str, model: Path, config: ExpertHostsConfig, dtype: str, variables: dict[str, str] | None = None
+) -> ActorHandle:
+    """Starts the directory `name` and with it the hosts; all end with the calling process, or when the handle goes.
+
+    Raises:
+        ValueError: there is another one of that name, which does not end.
+    """
+    until_s = time.monotonic() + _NAME_S
+    while True:
+        try:
+            return ExpertDirectory.options(name=name, namespace=NAMESPACE).remote(model, config, dtype, variables or {})
+        except ValueError:
+            # that of an owner who has just ended
+            if time.monotonic() > until_s:
+                raise
+            time.sleep(_POLL_S)

@@ -70,9 +70,9 @@ class _Member:
 class HostFleet:
     """Keeps as many hosts as are wanted, and the directory of them. Owned by one process: the hosts end with it."""
 
-    def __init__(self, model: Path, config: ExpertHostsConfig, dtype: str):
+    def __init__(self, model: Path, config: ExpertHostsConfig, dtype: str, variables: dict[str, str]):
         """Starts a thread that does it all; `directory` has no hosts before the first is there."""
-        self._model, self._config, self._dtype = model, config, dtype
+        self._model, self._config, self._dtype, self._variables = model, config, dtype, variables
         self._lock = threading.Lock()
         self._count = config.count
         self._members: dict[int, _Member] = {}
@@ -164,7 +164,10 @@ class HostFleet:
             config = self._config
             for _ in range(count - len(self._members)):
                 actor = ExpertHost.options(
-                    num_cpus=config.num_cpus, num_gpus=config.num_gpus, scheduling_strategy="SPREAD"
+                    num_cpus=config.num_cpus,
+                    num_gpus=config.num_gpus,
+                    scheduling_strategy="SPREAD",
+                    runtime_env={"env_vars": self._variables},
                 ).remote(self._next, self._model, config.memory_each, self._dtype)
                 with self._lock:
                     self._members[self._next] = _Member(self._next, actor)

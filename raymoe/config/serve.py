@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from raymoe.config.base import Strict
 from raymoe.config.expert_hosts import ExpertHostsConfig
@@ -76,3 +76,9 @@ class ServeConfig(Strict):
     def _parses(cls, value: str | int) -> str | int:
         parse_memory(value, total_bytes=1)
         return value
+
+    @model_validator(mode="after")
+    def _send_has_hosts(self) -> "ServeConfig":
+        if self.on_miss == "send" and self.expert_hosts is None:
+            raise ValueError("on_miss: 'send' needs hosts that hold experts; set expert_hosts, or on_miss: wait")
+        return self

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 
-import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -127,3 +127,134 @@ def test_three_nodes_serve_a_model_that_fits_none_of_them(hosts, make_engine, wa
     assert tiers["hosts"]["reads"] > 50
     assert tiers["hosts"]["failures"] == 0
     assert engine.stats()["tier_facts"]["hosts"]["given"] == tiers["hosts"]["reads"]
+
+
+class Generating:
+    """The prompts' tokens again and again on a thread; leaving it compares them all."""
+
+    def __init__(self, engine, wanted):
+        self._engine, self._wanted, self._over = engine, wanted, threading.Event()
+        self.results, self.errors = [], []
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self):
+        self._thread.start()
+        until(lambda: self.results or self.errors, "tokens come")
+        return self
+
+    def _run(self):
+        try:
+            while not self._over.is_set():
+                self.results.append(tokens_of(self._engine))
+        except Exception as error:
+            self.errors.append(error)
+
+    def more(self, count=2):
+        """Waits until so many more answers are complete."""
+        goal = len(self.results) + count
+        until(lambda: len(self.results) >= goal or self.errors, "tokens come")
+
+    def __exit__(self, *_):
+        self._over.set()
+        self._thread.join()
+        assert not self.errors
+        assert all(result == self._wanted for result in self.results)
+
+
+def test_hosts_that_die_or_stop_answering_are_made_up_for_and_replaced(hosts, make_engine, wanted):
+    directory = hosts("deaths", count=3, memory="40%")
+    before = settled(directory, 3)
+    client = HostClient("deaths", timeout_s=1.0)
+    until(knows_all(client), "all experts are known")
+    engine = make_engine(client)
+    with Generating(engine, wanted) as generating:
+        os.kill(before[0]["pid"], signal.SIGKILL)
+        generating.more()
+        after = settled(directory, 3)
+        assert sorted(after) == [1, 2, 3]
+        until(knows_all(client), "all experts are known again")
+        os.kill(after[1]["pid"], signal.SIGSTOP)
+        until(lambda: client.facts()["slow_calls"], "the one that is stopped is noticed")
+        generating.more()
+        os.kill(after[1]["pid"], signal.SIGCONT)
+        until(knows_all(client), "it is asked again")
+        reads = tiers_of(engine)["file"]["reads"]
+        generating.more()
+        assert tiers_of(engine)["file"]["reads"] == reads
+    assert ray.get(directory.facts.remote())["deaths"] == 1
+    assert tiers_of(engine)["hosts"]["failures"] > 0
+
+
+def test_a_host_that_joins_takes_its_share_and_one_that_leaves_gives_it_back(hosts, make_engine, wanted):
+    directory = hosts("joins", count=2, memory="50%")
+    assert [host["wanted"] for host in settled(directory, 2).values()] == [16, 16]
+    client = HostClient("joins")
+    until(knows_all(client), "all experts are known")
+    version = client.facts()["version"]
+    engine = make_engine(client)
+    with Generating(engine, wanted) as generating:
+        ray.get(directory.scale.remote(3))
+        settled(directory, 3)
+        until(lambda: len(client.facts()["hosts"]) == 3, "the engine knows of it")
+        generating.more()
+        # there is room for half of the experts twice
+        held = [host["held"] for host in client.facts()["hosts"].values()]
+        assert held == [16, 16, 16]
+        ray.get(directory.scale.remote(2))
+        until(lambda: len(client.facts()["hosts"]) == 2, "the engine knows of it")
+        generating.more()
+    assert client.facts()["version"] > version
+    # nobody had to do without while they came and went
+    assert tiers_of(engine)["file"]["reads"] == 0
+
+
+def test_rows_are_sent_and_tokens_stay(hosts, make_engine, wanted):
+    settled(hosts("sends", count=2, memory="50%"), 2)
+    client = HostClient("sends")
+    until(knows_all(client), "all experts are known")
+    until(lambda: all(client.speed(n) for n in client.facts()["hosts"]), "the way to the hosts is measured")
+    engine = make_engine(client, on_miss="send")
+    # whatever this machine's calls cost: as if experts were large
+    engine._sending._expert_bytes = [10**10] * LAYERS
+    assert tokens_of(engine) == wanted
+    sent = engine.stats()["sent"]
+    assert sent["experts"] > 20
+    assert sent["failures"] == 0
+
+
+def test_several_experts_come_with_one_call(hosts):
+    settled(hosts("gives", count=2, memory="50%"), 2)
+    client = HostClient("gives")
+    until(knows_all(client), "all experts are known")
+    keys = [(1, 3), (0, 9), (0, 15), (1, 0)]
+    alone = [client.give(*key) for key in keys]
+    together = client.give_many(keys)
+    assert [parcel.crc32 for parcel in together] == [parcel.crc32 for parcel in alone]
+    assert len({parcel.crc32 for parcel in alone}) == 4
+    assert all((a.data == b.data).all() for a, b in zip(alone, together, strict=True))
+    client.close()
+
+
+def test_hosts_end_with_who_owns_their_directory(cluster, saved):
+    @ray.remote(num_cpus=0)
+    class Owner:
+        def start(self):
+            self.directory = start_directory("owned", saved[1], ExpertHostsConfig(count=2), "float32")
+            assert ray.get(self.directory.wait.remote(PATIENCE_S)) is None
+            return os.getpid()
+
+    owner = Owner.remote()
+    pid = ray.get(owner.start.remote())
+    directory = ray.get_actor("owned", "raymoe")
+    pids = [host["pid"] for host in settled(directory, 2).values()]
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not any(psutil.pid_exists(each) for each in pids), "the hosts have ended")
+    with pytest.raises(ValueError, match="owned"):
+        ray.get_actor("owned", "raymoe")
+
+
+def test_a_budget_that_holds_nothing_is_told(cluster, saved):
+    directory = start_directory("small", saved[1], ExpertHostsConfig(count=1, memory="1KiB"), "float32")
+    why = ray.get(directory.wait.remote(PATIENCE_S))
+    assert "expert_hosts.memory: 1KiB is 1024 bytes, less than one expert takes" in why
+    ray.kill(directory)
