@@ -18,7 +18,7 @@ _POLL_S = 0.05
 _NAME_S = 30.0
 
 
-@ray.remote(num_cpus=0, max_concurrency=8)
+@ray.remote(num_cpus=0, max_concurrency=8)  # pyright: ignore[reportCallIssue]  (Ray's overloads lack max_concurrency)
 class ExpertDirectory:
     """Owns the hosts, so they end with it; it ends with whoever made it. Found by its name, see `start_directory`.
 

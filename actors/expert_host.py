@@ -57,7 +57,7 @@ class ExpertHost:
         device = "cuda" if ray.get_gpu_ids() else "cpu"
         loaded, files = load_without_experts(model, getattr(torch, dtype), direct_io=True)
         # the layers know the model that they belong to, and it is nobody's here
-        loaded.to("meta")
+        torch.nn.Module.to(loaded, "meta")
         self._holding = Holding(
             files.layers, CheckpointTier(files), memory=memory, dtype=getattr(torch, dtype), device=device
         )

@@ -213,12 +213,15 @@ class HostClient:
     def _follow(self) -> None:
         owner: ActorHandle | None = None
         while not self._ends.wait(_LOOK_S if self._has_hosts.is_set() else _LOOK_S / 5):
+            if not ray.is_initialized():
+                # any further call would start a cluster
+                return
             try:
                 # never kept after an error: it may have been started anew
                 owner = owner or ray.get_actor(self._name, NAMESPACE)
                 with self._lock:
                     usage, self._usage = self._usage, None
-                found = ray.get(owner.look.remote(self._directory.version, usage), timeout=_ANSWER_S)
+                found: Any = ray.get(owner.look.remote(self._directory.version, usage), timeout=_ANSWER_S)
                 if found is not None:
                     self._take(found)
                 self._measure()
@@ -226,8 +229,6 @@ class HostClient:
                 owner = None
                 logger.debug("no news of the expert hosts: %s", error)
             except Exception:
-                if self._ends.is_set() or not ray.is_initialized():
-                    return
                 logger.exception("the directory of expert hosts cannot be followed")
 
     def _take(self, directory: Directory) -> None:

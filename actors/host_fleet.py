@@ -65,6 +65,8 @@ class _Member:
     state: HostState | None = None
     held: np.ndarray | None = None
     told: list[Key] | None = None
+    is_leaving: bool = False
+    """It goes as soon as the others hold what it had."""
 
 
 class HostFleet:
@@ -125,7 +127,12 @@ class HostFleet:
                 "wanted_hosts": self._count,
                 "deaths": self._deaths,
                 "hosts": {
-                    m.number: {"node": m.state.node, "pid": m.state.pid, "is_settled": m.state.is_settled, **m.state.facts}
+                    m.number: {
+                        "node": m.state.node,
+                        "pid": m.state.pid,
+                        "is_settled": m.state.is_settled,
+                        **m.state.facts,
+                    }
                     for m in members
                     if m.state is not None
                 },
@@ -157,12 +164,14 @@ class HostFleet:
     def _hire(self) -> None:
         with self._lock:
             count = self._count
-        while len(self._members) > count:
-            # the youngest: it has least to give away
-            self._remove(max(self._members))
-        if len(self._members) < count and time.monotonic() >= self._hire_at_s:
+        staying = [member for member in self._members.values() if not member.is_leaving]
+        # the youngest go: there are fewest who know them
+        for member in sorted(staying, key=lambda m: m.number)[count:]:
+            member.is_leaving = True
+        self._dismiss()
+        if len(staying) < count and time.monotonic() >= self._hire_at_s:
             config = self._config
-            for _ in range(count - len(self._members)):
+            for _ in range(count - len(staying)):
                 actor = ExpertHost.options(
                     num_cpus=config.num_cpus,
                     num_gpus=config.num_gpus,
@@ -172,6 +181,18 @@ class HostFleet:
                 with self._lock:
                     self._members[self._next] = _Member(self._next, actor)
                 self._next += 1
+
+    def _dismiss(self) -> None:
+        """Ends those that leave, once nobody needs them."""
+        staying = [member for member in self._members.values() if not member.is_leaving]
+        is_ready = all(
+            m.told is not None and m.state is not None and m.held is not None and all(m.held[key] for key in m.told)
+            for m in staying
+        )
+        for member in list(self._members.values()):
+            if member.is_leaving and (is_ready or member.state is None) and member.number not in self._owner_members:
+                self._remove(member.number)
+                self._publish()
 
     def _listen(self) -> bool:
         """Takes in what hosts have said; True if who is there, or what they hold, has changed."""
@@ -185,7 +206,7 @@ class HostFleet:
                 continue
             ref, member.asked = member.asked, None
             try:
-                state: HostState = ray.get(ref)
+                state: Any = ray.get(ref)
             except ActorUnavailableError:
                 continue
             except RayActorError as error:
@@ -229,7 +250,7 @@ class HostFleet:
 
     def _share(self) -> bool:
         """Tells hosts what to hold if that is another thing than before; True if who owns what has changed."""
-        there = {m.number: m.state for m in self._members.values() if m.state is not None}
+        there = {m.number: m.state for m in self._members.values() if m.state is not None and not m.is_leaving}
         leaving = self._leaving()
         staying = sorted(number for number, state in there.items() if state.node not in leaving) or sorted(there)
         if not staying:

@@ -40,7 +40,11 @@ class ServeConfig(Strict):
     """Threads that fetch experts while others compute; without any, nothing is fetched ahead."""
     direct_io: bool = True
     """Read experts past the page cache, which would serve them from memory that no budget knows of."""
-    predictors: list[Literal["look_ahead", "token_table", "transitions", "path"]] = ["look_ahead", "token_table", "path"]
+    predictors: list[Literal["look_ahead", "token_table", "transitions", "path"]] = [
+        "look_ahead",
+        "token_table",
+        "path",
+    ]
     """What foretells the experts that layers will want; each rests by itself where it does not pay. `path` needs
     `raymoe predictor train`."""
     expert_hosts: ExpertHostsConfig | None = None

@@ -274,7 +274,9 @@ class Holding:
         if self._free:
             slot = self._free.pop()
         else:
-            victim = next((k for k in self._crc32 if k not in self._wanted and self._is_idle(self._slot[k], now_s)), None)
+            victim = next(
+                (k for k in self._crc32 if k not in self._wanted and self._is_idle(self._slot[k], now_s)), None
+            )
             if victim is None:
                 return None
             slot = self._slot.pop(victim)
@@ -302,7 +304,7 @@ class Holding:
                 self._retry_s[key] = time.monotonic() + _RETRY_S
                 self._counts["failed_reads"] += 1
             return
-        crc32 = zlib.crc32(bytes_of(part))
+        crc32 = zlib.crc32(bytes_of(part).data)
         if self._shared is not None:
             self._shared.publish(slot, key)
         with self._changed:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raymoe.inference.arena import ArenaError
+from raymoe.inference.memory_file import ArenaError
 from raymoe.inference.shared_slots import SharedSlots, SlotsHandle
 from raymoe.inference.tier_rate import TierRate
 from raymoe.inference.tiers import NotHeld
@@ -111,7 +111,7 @@ class HostTier:
             raise CorruptExpert(
                 f"expert {expert} of MoE layer {layer} came with {data.nbytes} bytes, but has {wanted_bytes}"
             )
-        found = zlib.crc32(data)
+        found = zlib.crc32(data.data)
         if found != crc32:
             raise CorruptExpert(
                 f"expert {expert} of MoE layer {layer} arrived with checksum {found:08x}, sent was {crc32:08x}"

@@ -136,7 +136,9 @@ class Sending:
 
     def _failed(self, experts: Sequence[int], error: Exception) -> None:
         if not self.stats.failures:
-            _log.warning("rows were sent in vain (%s); their experts are brought instead, and more of it only counted", error)
+            _log.warning(
+                "rows were sent in vain (%s); their experts are brought instead, and more of it only counted", error
+            )
         self.stats.failures += len(experts)
 
 

@@ -17,7 +17,7 @@ from raymoe.inference.memory_file import map_existing, map_new
 from raymoe.inference.tiers import NotHeld
 from raymoe.models.open_file import round_up
 
-_WHAT = "shared experts"
+_WHAT = "shared-experts"
 
 
 @dataclass(frozen=True)

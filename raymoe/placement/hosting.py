@@ -12,9 +12,7 @@ from raymoe.placement.sharding import even_owners
 Key = tuple[int, int]
 
 
-def host_owners(
-    present: np.ndarray | None, survivors: Sequence[int | None], num_experts: Sequence[int]
-) -> np.ndarray:
+def host_owners(present: np.ndarray | None, survivors: Sequence[int | None], num_experts: Sequence[int]) -> np.ndarray:
     """Owners among the hosts that there are now: an even share each, with the fewest experts moved.
 
     Args:

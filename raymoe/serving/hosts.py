@@ -31,11 +31,13 @@ class ExpertHosts:
 
     async def facts(self) -> dict[str, Any]:
         """See `ExpertDirectory.facts`."""
-        return await self._directory.facts.remote()
+        facts: Any = self._directory.facts.remote()
+        return await facts
 
     async def check_health(self) -> None:
         """Serve replaces a replica for which this raises: with a new directory, and new hosts."""
-        await self._directory.ping.remote()
+        answer: Any = self._directory.ping.remote()
+        await answer
 
 
 def directory_name() -> str:

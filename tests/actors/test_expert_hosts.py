@@ -51,19 +51,23 @@ def cluster():
     this.shutdown()
 
 
+@pytest.fixture(scope="module")
+def fleet(cluster, saved):
+    """The directory of three hosts, of which none has room for more than half of the model."""
+    directory = start_directory("hosts", saved[1], ExpertHostsConfig(count=3, memory="50%"), "float32")
+    assert ray.get(directory.wait.remote(PATIENCE_S)) is None
+    yield directory
+    ray.kill(directory)
+
+
 @pytest.fixture
-def hosts(cluster, saved):
-    """Starts a directory with its hosts; gone at the end of the test."""
-    started = []
-
-    def start(name: str, **config):
-        started.append(start_directory(name, saved[1], ExpertHostsConfig(**config), "float32"))
-        assert ray.get(started[-1].wait.remote(PATIENCE_S)) is None
-        return started[-1]
-
-    yield start
-    for directory in started:
-        ray.kill(directory)
+def client(fleet):
+    """An engine's, when all hosts have what they are to have and it knows."""
+    settled(fleet, 3)
+    this = HostClient("hosts", timeout_s=1.0)
+    until(knows_all(this), "all experts are known")
+    yield this
+    this.close()
 
 
 @pytest.fixture
@@ -113,20 +117,19 @@ def tiers_of(engine):
     return {tier["name"]: tier for tier in engine.stats()["tiers"]}
 
 
-def test_three_nodes_serve_a_model_that_fits_none_of_them(hosts, make_engine, wanted):
-    directory = hosts("three", count=3, memory="40%")
-    found = settled(directory, 3)
+def test_three_nodes_serve_a_model_that_fits_none_of_them(fleet, client, make_engine, wanted):
+    found = settled(fleet, 3)
     assert len({host["node"] for host in found.values()}) == 3
-    assert all(host["held"] <= 0.4 * LAYERS * EXPERTS for host in found.values())
-    client = HostClient("three")
-    until(knows_all(client), "all experts are known")
+    assert [host["held"] for host in found.values()] == [16, 16, 16]
     engine = make_engine(client)
     assert tokens_of(engine) == wanted
     tiers = tiers_of(engine)
     assert tiers["file"]["reads"] == 0
     assert tiers["hosts"]["reads"] > 50
     assert tiers["hosts"]["failures"] == 0
-    assert engine.stats()["tier_facts"]["hosts"]["given"] == tiers["hosts"]["reads"]
+    facts = engine.stats()["tier_facts"]["hosts"]
+    assert facts["given"] >= tiers["hosts"]["reads"]
+    assert not any(host["is_here"] for host in facts["hosts"].values())
 
 
 class Generating:
@@ -161,57 +164,7 @@ class Generating:
         assert all(result == self._wanted for result in self.results)
 
 
-def test_hosts_that_die_or_stop_answering_are_made_up_for_and_replaced(hosts, make_engine, wanted):
-    directory = hosts("deaths", count=3, memory="40%")
-    before = settled(directory, 3)
-    client = HostClient("deaths", timeout_s=1.0)
-    until(knows_all(client), "all experts are known")
-    engine = make_engine(client)
-    with Generating(engine, wanted) as generating:
-        os.kill(before[0]["pid"], signal.SIGKILL)
-        generating.more()
-        after = settled(directory, 3)
-        assert sorted(after) == [1, 2, 3]
-        until(knows_all(client), "all experts are known again")
-        os.kill(after[1]["pid"], signal.SIGSTOP)
-        until(lambda: client.facts()["slow_calls"], "the one that is stopped is noticed")
-        generating.more()
-        os.kill(after[1]["pid"], signal.SIGCONT)
-        until(knows_all(client), "it is asked again")
-        reads = tiers_of(engine)["file"]["reads"]
-        generating.more()
-        assert tiers_of(engine)["file"]["reads"] == reads
-    assert ray.get(directory.facts.remote())["deaths"] == 1
-    assert tiers_of(engine)["hosts"]["failures"] > 0
-
-
-def test_a_host_that_joins_takes_its_share_and_one_that_leaves_gives_it_back(hosts, make_engine, wanted):
-    directory = hosts("joins", count=2, memory="50%")
-    assert [host["wanted"] for host in settled(directory, 2).values()] == [16, 16]
-    client = HostClient("joins")
-    until(knows_all(client), "all experts are known")
-    version = client.facts()["version"]
-    engine = make_engine(client)
-    with Generating(engine, wanted) as generating:
-        ray.get(directory.scale.remote(3))
-        settled(directory, 3)
-        until(lambda: len(client.facts()["hosts"]) == 3, "the engine knows of it")
-        generating.more()
-        # there is room for half of the experts twice
-        held = [host["held"] for host in client.facts()["hosts"].values()]
-        assert held == [16, 16, 16]
-        ray.get(directory.scale.remote(2))
-        until(lambda: len(client.facts()["hosts"]) == 2, "the engine knows of it")
-        generating.more()
-    assert client.facts()["version"] > version
-    # nobody had to do without while they came and went
-    assert tiers_of(engine)["file"]["reads"] == 0
-
-
-def test_rows_are_sent_and_tokens_stay(hosts, make_engine, wanted):
-    settled(hosts("sends", count=2, memory="50%"), 2)
-    client = HostClient("sends")
-    until(knows_all(client), "all experts are known")
+def test_rows_are_sent_and_tokens_stay(client, make_engine, wanted):
     until(lambda: all(client.speed(n) for n in client.facts()["hosts"]), "the way to the hosts is measured")
     engine = make_engine(client, on_miss="send")
     # whatever this machine's calls cost: as if experts were large
@@ -222,31 +175,78 @@ def test_rows_are_sent_and_tokens_stay(hosts, make_engine, wanted):
     assert sent["failures"] == 0
 
 
-def test_several_experts_come_with_one_call(hosts):
-    settled(hosts("gives", count=2, memory="50%"), 2)
-    client = HostClient("gives")
-    until(knows_all(client), "all experts are known")
+def test_several_experts_come_with_one_call(client):
     keys = [(1, 3), (0, 9), (0, 15), (1, 0)]
     alone = [client.give(*key) for key in keys]
     together = client.give_many(keys)
     assert [parcel.crc32 for parcel in together] == [parcel.crc32 for parcel in alone]
     assert len({parcel.crc32 for parcel in alone}) == 4
     assert all((a.data == b.data).all() for a, b in zip(alone, together, strict=True))
-    client.close()
+
+
+def test_hosts_leave_and_join_and_nobody_has_to_do_without(fleet, client, make_engine, wanted):
+    version = client.facts()["version"]
+    engine = make_engine(client)
+    with Generating(engine, wanted) as generating:
+        ray.get(fleet.scale.remote(2))
+        until(lambda: len(client.facts()["hosts"]) == 2, "the engine knows of it")
+        generating.more()
+        ray.get(fleet.scale.remote(3))
+        settled(fleet, 3)
+        until(lambda: len(client.facts()["hosts"]) == 3, "the engine knows of it")
+        generating.more()
+    assert [host["held"] for host in client.facts()["hosts"].values()] == [16, 16, 16]
+    assert client.facts()["version"] > version
+    assert tiers_of(engine)["file"]["reads"] == 0
+    assert ray.get(fleet.facts.remote())["deaths"] == 0
+
+
+def test_a_host_that_dies_is_made_up_for_and_replaced(fleet, client, make_engine, wanted):
+    before = settled(fleet, 3)
+    victim = min(before)
+    engine = make_engine(client)
+    with Generating(engine, wanted) as generating:
+        os.kill(before[victim]["pid"], signal.SIGKILL)
+        generating.more()
+        until(lambda: victim not in ray.get(fleet.facts.remote())["hosts"], "it is given up")
+        settled(fleet, 3)
+        until(knows_all(client), "all experts are known again")
+        reads = tiers_of(engine)["file"]["reads"]
+        generating.more()
+        assert tiers_of(engine)["file"]["reads"] == reads
+    assert ray.get(fleet.facts.remote())["deaths"] == 1
+
+
+def test_a_host_that_does_not_answer_is_passed_over_and_asked_again(fleet, client, make_engine, wanted):
+    pid = min(settled(fleet, 3).values(), key=lambda host: host["pid"])["pid"]
+    engine = make_engine(client)
+    with Generating(engine, wanted) as generating:
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            until(lambda: client.facts()["slow_calls"], "it is noticed")
+            generating.more()
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        settled(fleet, 3)
+        until(knows_all(client), "all experts are known again")
+        generating.more()
+    # some of what it had was with another host too, and the files have all
+    tiers = tiers_of(engine)
+    assert tiers["hosts"]["failures"] + client.facts()["slow_calls"] > 0
 
 
 def test_hosts_end_with_who_owns_their_directory(cluster, saved):
     @ray.remote(num_cpus=0)
     class Owner:
         def start(self):
-            self.directory = start_directory("owned", saved[1], ExpertHostsConfig(count=2), "float32")
+            self.directory = start_directory("owned", saved[1], ExpertHostsConfig(count=1), "float32")
             assert ray.get(self.directory.wait.remote(PATIENCE_S)) is None
             return os.getpid()
 
     owner = Owner.remote()
     pid = ray.get(owner.start.remote())
     directory = ray.get_actor("owned", "raymoe")
-    pids = [host["pid"] for host in settled(directory, 2).values()]
+    pids = [host["pid"] for host in settled(directory, 1).values()]
     os.kill(pid, signal.SIGKILL)
     until(lambda: not any(psutil.pid_exists(each) for each in pids), "the hosts have ended")
     with pytest.raises(ValueError, match="owned"):
