@@ -10,7 +10,8 @@ import ray
 from ray.actor import ActorHandle
 
 from raymoe import env
-from raymoe.actors.host_fleet import Directory, HostFleet
+from raymoe.actors.host_directory import Directory
+from raymoe.actors.host_fleet import HostFleet
 from raymoe.actors.session import NAMESPACE
 from raymoe.config import ExpertHostsConfig
 

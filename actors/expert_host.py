@@ -1,42 +1,22 @@
 """The actor that holds some of a model's experts in memory, for engines on its node and others."""
 
+from __future__ import annotations
+
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-import torch
 
 from raymoe import env
-from raymoe.inference.holding import Computed, Holding
-from raymoe.inference.remote import Parcel
-from raymoe.inference.shared_slots import SlotsHandle
-from raymoe.inference.tiers import CheckpointTier
-from raymoe.models import load_without_experts
+from raymoe.actors.host_directory import HostState
 
-logger = logging.getLogger("raymoe")
-
-
-class HostState(NamedTuple):
-    """What a host says of itself."""
-
-    pid: int
-    node: str
-    """Its id, in hex."""
-    handle: SlotsHandle | None
-    num_experts: list[int]
-    """Of each MoE layer of the model."""
-    num_slots: int
-    changes: int
-    held: np.ndarray | None
-    """bool [L, E]; None: as at the number of changes that the caller knows."""
-    speed: tuple[float, float] | None
-    """Seconds to compute with an expert, and for each of its rows."""
-    is_settled: bool
-    facts: dict[str, Any]
+if TYPE_CHECKING:
+    from raymoe.inference.holding import Computed
+    from raymoe.inference.remote import Parcel
 
 
 @ray.remote(concurrency_groups={"give": 2, "compute": 1, "control": 2})  # pyright: ignore[reportCallIssue]  (Ray's overloads lack concurrency_groups)
@@ -51,6 +31,13 @@ class ExpertHost:
     """
 
     def __init__(self, number: int, model: Path, memory: str | int, dtype: str):
+        # not at the top: who makes hosts must not wait for torch
+        import torch
+
+        from raymoe.inference.holding import Holding
+        from raymoe.inference.tiers import CheckpointTier
+        from raymoe.models import load_without_experts
+
         logging.basicConfig(level=env.log_level())
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
         self._number = number
@@ -81,6 +68,8 @@ class ExpertHost:
         self, layer: int, rows: np.ndarray, dtype: str, experts: Sequence[int], counts: Sequence[int]
     ) -> Computed:
         """Rows through its experts, see `Holding.compute`. Raises: NotHeld."""
+        import torch
+
         return self._holding.compute(layer, rows, getattr(torch, dtype), experts, counts)
 
     @ray.method(concurrency_group="control")

@@ -14,10 +14,10 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from torch import Tensor
 
-from raymoe.actors.host_fleet import Directory, HostEntry
+from raymoe.actors.host_directory import Directory, HostEntry
 from raymoe.actors.session import NAMESPACE
 from raymoe.inference.remote import HostSpeed, Parcel, bytes_of
-from raymoe.inference.shared_slots import SlotsHandle
+from raymoe.inference.slots_handle import SlotsHandle
 from raymoe.inference.tier_rate import TierRate, fit
 from raymoe.inference.tiers import NotHeld
 

@@ -16,11 +16,10 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
-from raymoe.actors.expert_host import ExpertHost, HostState
+from raymoe.actors.expert_host import ExpertHost
+from raymoe.actors.host_directory import Directory, HostEntry, HostState
 from raymoe.actors.ray_private import draining_nodes
-from raymoe.actors.roster import reason
 from raymoe.config import ExpertHostsConfig
-from raymoe.inference.shared_slots import SlotsHandle
 from raymoe.placement.hosting import Key, holdings, host_owners
 
 logger = logging.getLogger("raymoe")
@@ -34,28 +33,6 @@ _COOLING_S = 30.0
 _BETTER = 1.1
 
 
-@dataclass(frozen=True)
-class HostEntry:
-    """One host, as engines need to know it."""
-
-    number: int
-    node: str
-    actor: ActorHandle
-    handle: SlotsHandle | None
-    held: np.ndarray
-    """bool [L, E]."""
-    speed: tuple[float, float] | None
-    """Seconds to compute with an expert, and for each of its rows."""
-
-
-@dataclass(frozen=True)
-class Directory:
-    """Who holds what, as of `version`. One that is out of date costs a detour, nothing else."""
-
-    version: int
-    hosts: tuple[HostEntry, ...]
-
-
 @dataclass
 class _Member:
     number: int
@@ -64,7 +41,11 @@ class _Member:
     heard_s: float = field(default_factory=time.monotonic)
     state: HostState | None = None
     held: np.ndarray | None = None
+    wanted: list[Key] | None = None
+    """What it is to hold."""
     told: list[Key] | None = None
+    has_arrived: bool = False
+    """It has held all that it was told to, once."""
     is_leaving: bool = False
     """It goes as soon as the others hold what it had."""
 
@@ -159,6 +140,7 @@ class HostFleet:
         is_changed = self._listen()
         if self._share() or is_changed:
             self._publish()
+        self._tell()
         self._ask()
 
     def _hire(self) -> None:
@@ -186,8 +168,7 @@ class HostFleet:
         """Ends those that leave, once nobody needs them."""
         staying = [member for member in self._members.values() if not member.is_leaving]
         is_ready = all(
-            m.told is not None and m.state is not None and m.held is not None and all(m.held[key] for key in m.told)
-            for m in staying
+            member.wanted is not None and member.told == member.wanted and _has_all(member) for member in staying
         )
         for member in list(self._members.values()):
             if member.is_leaving and (is_ready or member.state is None) and member.number not in self._owner_members:
@@ -210,11 +191,11 @@ class HostFleet:
             except ActorUnavailableError:
                 continue
             except RayActorError as error:
-                self._died(member, reason(error))
+                self._died(member, f"died: {_one_line(error)}")
                 is_changed = True
                 continue
             except RayError as error:
-                logger.warning("expert host %d %s", member.number, reason(error))
+                logger.warning("expert host %d cannot say how it is: %s", member.number, _one_line(error))
                 continue
             is_new = member.state is None or state.held is not None or state.speed != member.state.speed
             with self._lock:
@@ -249,7 +230,7 @@ class HostFleet:
     # who holds what
 
     def _share(self) -> bool:
-        """Tells hosts what to hold if that is another thing than before; True if who owns what has changed."""
+        """Says what each host is to hold, if it is time to; True if who owns what has changed."""
         there = {m.number: m.state for m in self._members.values() if m.state is not None and not m.is_leaving}
         leaving = self._leaving()
         staying = sorted(number for number, state in there.items() if state.node not in leaving) or sorted(there)
@@ -271,11 +252,19 @@ class HostFleet:
         if not is_regrouped and not self._is_better(wanted, staying, heat):
             return False
         for number, keys in zip(staying, wanted, strict=True):
-            member = self._members[number]
-            if keys != member.told:
-                member.told = keys
-                member.actor.hold.remote(keys)
+            self._members[number].wanted = keys
         return is_regrouped
+
+    def _tell(self) -> None:
+        """Those that are new first: the others must not give up what is to move there before it is there."""
+        members = [member for member in self._members.values() if member.wanted is not None]
+        for member in members:
+            member.has_arrived |= member.told is not None and _has_all(member)
+        all_have_arrived = all(member.has_arrived for member in members)
+        for member in members:
+            if member.wanted != member.told and (all_have_arrived or not member.has_arrived):
+                member.told = member.wanted
+                member.actor.hold.remote(member.wanted)
 
     def _cooled(self, num_experts: list[int], is_time: bool) -> np.ndarray:
         with self._lock:
@@ -292,7 +281,7 @@ class HostFleet:
         def held(keys: list[Key]) -> float:
             return sum(heat[key] for key in keys)
 
-        now = sum(held(self._members[number].told or []) for number in staying)
+        now = sum(held(self._members[number].wanted or []) for number in staying)
         return sum(map(held, wanted)) > _BETTER * now
 
     def _leaving(self) -> set[str]:
@@ -310,3 +299,12 @@ class HostFleet:
             if m.state is not None and m.held is not None
         ]
         self._directory = Directory(self._directory.version + 1, tuple(entries))
+
+
+def _has_all(member: _Member) -> bool:
+    """Whether it holds all that it was told to."""
+    return member.told is not None and member.held is not None and all(member.held[key] for key in member.told)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -17,17 +17,20 @@ from torch import Tensor
 from raymoe.config import check_fits, parse_memory
 from raymoe.inference.eviction import Key
 from raymoe.inference.remote import Parcel, bytes_of
-from raymoe.inference.shared_slots import SharedSlots, SlotsHandle
+from raymoe.inference.shared_slots import SharedSlots
+from raymoe.inference.slots_handle import SlotsHandle, slot_bytes
 from raymoe.inference.tiers import ExpertSource, NotHeld
 from raymoe.kernels import expert_rows, plan
 from raymoe.models import MoELayer, weights_of
 
 _log = logging.getLogger(__name__)
 
-_GRACE_S = 2.0
+_GRACE_S = 1.0
 """What was given is copied by the transport only after `give` has returned: so long its slot stays as it is."""
 _RETRY_S = 5.0
 _MEASURED_ROWS = 8
+_STEPS = 4
+"""In so many steps at most others take the place of what is held: not all goes before the first has come."""
 
 
 class Computed(NamedTuple):
@@ -68,7 +71,7 @@ class Holding:
         self._source = source
         self._numel = [layer.layout.numel for layer in layers]
         self._num_experts = [layer.num_experts for layer in layers]
-        stride_bytes = SlotsHandle(0, 0, 0, 1, tuple(self._numel), 1, str(dtype).removeprefix("torch.")).stride_bytes
+        stride_bytes = slot_bytes(self._numel, dtype.itemsize)
         num_slots = self._slots_for(memory, stride_bytes)
         self._shared: SharedSlots | None = None
         if self.device.type == "cpu":
@@ -271,19 +274,28 @@ class Holding:
         key = next((k for k in self._wanted if k not in self._slot and self._retry_s.get(k, 0.0) <= now_s), None)
         if key is None or self._is_closed:
             return None
-        if self._free:
-            slot = self._free.pop()
-        else:
-            victim = next(
-                (k for k in self._crc32 if k not in self._wanted and self._is_idle(self._slot[k], now_s)), None
-            )
-            if victim is None:
+        slot = next((slot for slot in self._free if self._is_idle(slot, now_s)), None)
+        if slot is None:
+            if not self._free:
+                self._make_room()
+                slot = next((slot for slot in self._free if self._is_idle(slot, now_s)), None)
+            if slot is None:
                 return None
-            slot = self._slot.pop(victim)
-            del self._crc32[victim]
-            self.changes += 1
+        self._free.remove(slot)
         self._slot[key] = slot
         return key, slot
+
+    def _make_room(self) -> None:
+        """Gives up some that are not wanted, for some that are: from now on they are not given, else they might never be idle."""
+        num_missing = sum(key not in self._slot for key in self._wanted)
+        others = sorted(
+            (key for key in self._crc32 if key not in self._wanted),
+            key=lambda key: self._given_s.get(self._slot[key], 0.0),
+        )
+        for key in others[: min(num_missing, max(1, self.num_slots // _STEPS))]:
+            self._free.append(self._slot.pop(key))
+            del self._crc32[key]
+            self.changes += 1
 
     def _is_idle(self, slot: int, now_s: float) -> bool:
         return slot not in self._pins and now_s - self._given_s.get(slot, -_GRACE_S) >= _GRACE_S

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from raymoe.inference.memory_file import ArenaError
-from raymoe.inference.shared_slots import SharedSlots, SlotsHandle
+from raymoe.inference.shared_slots import SharedSlots
+from raymoe.inference.slots_handle import SlotsHandle
 from raymoe.inference.tier_rate import TierRate
 from raymoe.inference.tiers import NotHeld
 

@@ -6,7 +6,7 @@ Unlike an arena (`raymoe.inference.arena`), which holds the same experts for goo
 import mmap
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,39 +14,10 @@ from torch import Tensor
 
 from raymoe.inference.eviction import Key
 from raymoe.inference.memory_file import map_existing, map_new
+from raymoe.inference.slots_handle import SlotsHandle
 from raymoe.inference.tiers import NotHeld
-from raymoe.models.open_file import round_up
 
 _WHAT = "shared-experts"
-
-
-@dataclass(frozen=True)
-class SlotsHandle:
-    """What another process on the node needs to map them. Small, and can be pickled."""
-
-    pid: int
-    number: int
-    """Of the descriptor in that process."""
-    inode: int
-    num_slots: int
-    numel: tuple[int, ...]
-    """Elements of one expert, for each MoE layer."""
-    most_experts: int
-    dtype: str
-
-    @property
-    def stride_bytes(self) -> int:
-        """A slot holds the largest expert, and is whole blocks, so that direct I/O may write there."""
-        return round_up(max(self.numel) * getattr(torch, self.dtype).itemsize)
-
-    @property
-    def table_bytes(self) -> int:
-        """Of who is where, which comes first."""
-        return round_up(self.num_slots * 16)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.table_bytes + self.num_slots * self.stride_bytes
 
 
 class SharedSlots:
@@ -82,10 +53,9 @@ class SharedSlots:
             ArenaError: there is not the memory, or the system has no such files.
         """
         name = str(dtype).removeprefix("torch.")
-        sizes = SlotsHandle(os.getpid(), -1, -1, num_slots, tuple(numel), max(num_experts), name)
+        sizes = SlotsHandle(os.getpid(), -1, -1, num_slots, tuple(numel), max(num_experts), name, dtype.itemsize)
         number, memory = map_new(_WHAT, sizes.num_bytes)
-        inode = os.fstat(number).st_ino
-        handle = SlotsHandle(sizes.pid, number, inode, num_slots, sizes.numel, sizes.most_experts, name)
+        handle = replace(sizes, number=number, inode=os.fstat(number).st_ino)
         slots = cls(handle, memory, number)
         slots._code[:] = -1
         return slots
