@@ -4,7 +4,10 @@ from raymoe.lazy import lazy_exports
 
 _HOMES = {
     "CHECKPOINT_FOLDER": "placement_controller",
+    "ExpertDirectory": "expert_directory",
+    "ExpertHost": "expert_host",
     "ExpertWorker": "expert_worker",
+    "HostClient": "host_client",
     "PlacementController": "placement_controller",
     "RunEvent": "elastic_log",
     "StepSummary": "step_summary",
@@ -12,6 +15,7 @@ _HOMES = {
     "WorkersFailed": "worker_group",
     "joined_session": "session",
     "ray_session": "session",
+    "start_directory": "expert_directory",
 }
 
 __all__ = list(_HOMES)

@@ -88,6 +88,29 @@ def test_serving_needs_a_model_directory(tmp_path):
         parse_config(ServeConfig, {"model": str(tmp_path)})
 
 
+def test_expert_hosts_are_a_number_or_more(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+
+    def parse(*overrides):
+        return parse_config(ServeConfig, {"model": str(tmp_path)}, list(overrides))
+
+    assert parse().expert_hosts is None
+    assert parse("expert_hosts=3").expert_hosts.memory_each == "33.34%"
+    assert ServeConfig(model=tmp_path, expert_hosts="3") == parse("expert_hosts=3")
+    more = parse("expert_hosts.count=2", "expert_hosts.memory=8GiB", "on_miss=send")
+    assert (more.expert_hosts.count, more.expert_hosts.memory_each, more.on_miss) == (2, "8GiB", "send")
+    for text, error in [
+        ("expert_hosts=0", r"expert_hosts: give a number of hosts from 1 on, or {count: 3, memory: 40%} \(got 0\)"),
+        ("expert_hosts=true", "expert_hosts: give a number of hosts"),
+        ("expert_hosts.memory=1GiB", "expert_hosts.count: missing"),
+        ("on_miss=send", "on_miss: 'send' needs hosts that hold experts; set expert_hosts"),
+    ]:
+        with pytest.raises(ConfigError, match=error):
+            parse(text)
+    with pytest.raises(ConfigError, match=r"expert_hosts.memory: '0%' is not a memory budget"):
+        parse("expert_hosts.count=1", "expert_hosts.memory=0%")
+
+
 def test_every_field_is_documented():
     def fields(cls):
         for name, field in cls.model_fields.items():

@@ -7,6 +7,7 @@ names the dotted key. A component takes its own part, never the whole.
 from raymoe.config.base import ConfigError, Strict
 from raymoe.config.checkpoint import CheckpointConfig
 from raymoe.config.data import DataConfig, TokenizerConfig
+from raymoe.config.expert_hosts import ExpertHostsConfig
 from raymoe.config.load import load_config, parse_config
 from raymoe.config.lora import LoraConfig
 from raymoe.config.memory import MemoryLimit, check_fits, memory_limit, parse_memory, total_memory
@@ -18,6 +19,7 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "ExpertHostsConfig",
     "ExpertsConfig",
     "LoraConfig",
     "MemoryLimit",

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from raymoe.config.base import Strict
+from raymoe.config.expert_hosts import ExpertHostsConfig
 from raymoe.config.memory import parse_memory
 
 Dtype = Literal["float32", "bfloat16", "float64"]
@@ -46,6 +47,10 @@ class ServeConfig(Strict):
     )
     """What foretells the experts that layers will want; each rests by itself where it does not pay. `path` needs
     `raymoe predictor train`."""
+    expert_hosts: ExpertHostsConfig | None = None
+    """Actors that hold experts in memory, on this node and others: a number of them, or {count: 3, memory: 40%, ...}."""
+    on_miss: Literal["wait", "send"] = "wait"
+    """`wait`: bring the expert. `send`: have a host that holds it compute the rows, where that is expected to be cheaper."""
     max_ongoing_requests: int = Field(default=256, ge=1)
     """Requests a replica works on at once; further ones wait in the queue."""
     max_queued_requests: int = Field(default=512, ge=1)
@@ -75,3 +80,9 @@ class ServeConfig(Strict):
     def _parses(cls, value: str | int) -> str | int:
         parse_memory(value, total_bytes=1)
         return value
+
+    @model_validator(mode="after")
+    def _send_has_hosts(self) -> "ServeConfig":
+        if self.on_miss == "send" and self.expert_hosts is None:
+            raise ValueError("on_miss: 'send' needs hosts that hold experts; set expert_hosts, or on_miss: wait")
+        return self

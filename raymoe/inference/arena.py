@@ -1,6 +1,5 @@
 """One copy of the experts in a node's memory, for all engines on it: made and filled by one process, mapped by the others."""
 
-import errno
 import mmap
 import os
 import warnings
@@ -13,15 +12,12 @@ from torch import Tensor
 
 from raymoe.config import check_fits
 from raymoe.inference.expert_precision import ExpertCodec, Precision
+from raymoe.inference.memory_file import ArenaError, map_existing, map_new
 from raymoe.inference.tiers import ExpertSource, NotHeld
 from raymoe.models import MoELayer
 from raymoe.models.open_file import BLOCK, round_up
 
 Key = tuple[int, int]
-
-
-class ArenaError(ValueError):
-    """The arena cannot be made or reached; says why."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +42,10 @@ class ArenaTier:
     however it ends. Its pages count as memory of the process that made it.
     """
 
-    def __init__(self, layers: Sequence[MoELayer], number: int, handle: ArenaHandle, memory: mmap.mmap):
+    def __init__(self, layers: Sequence[MoELayer], number: int | None, handle: ArenaHandle, memory: mmap.mmap):
         """For `create` and `attach`."""
         self.handle = handle
-        self._number: int | None = number
+        self._number = number
         self._layers = list(layers)
         precision, dtype = Precision.parse(handle.precision), getattr(torch, handle.dtype)
         self._codecs = [ExpertCodec(layer.layout, layer.spec, precision, dtype) for layer in layers]
@@ -87,20 +83,7 @@ class ArenaTier:
         codecs = [ExpertCodec(layer.layout, layer.spec, precision, dtype) for layer in layers]
         _, num_bytes = _places(codecs, layers, held)
         check_fits(f"the arena of {precision} experts", num_bytes)
-        if not hasattr(os, "memfd_create"):
-            raise ArenaError("arena: this system has no files in memory (memfd, Linux); serve without an arena")
-        number = os.memfd_create("raymoe-arena", os.MFD_CLOEXEC)
-        try:
-            # memory that is not there shows here, not as a signal when a page is written
-            os.posix_fallocate(number, 0, num_bytes)
-            memory = mmap.mmap(number, num_bytes)
-        except OSError as error:
-            os.close(number)
-            if error.errno not in (errno.ENOMEM, errno.ENOSPC):
-                raise
-            raise ArenaError(
-                f"arena: no {num_bytes} bytes of shared memory to be had; give a smaller budget"
-            ) from error
+        number, memory = map_new("arena", num_bytes)
         inode = os.fstat(number).st_ino
         name = str(dtype).removeprefix("torch.")
         return cls(
@@ -118,23 +101,10 @@ class ArenaTier:
         Raises:
             ArenaError: its maker has ended, or is another user's or in another container.
         """
-        path = f"/proc/{handle.pid}/fd/{handle.number}"
-        try:
-            number = os.open(path, (os.O_RDWR if is_pinnable else os.O_RDONLY) | os.O_CLOEXEC)
-        except OSError as error:
-            raise ArenaError(
-                f"arena: process {handle.pid} that made it cannot be reached ({error.strerror}); it has ended, or is another "
-                "user's or another container's"
-            ) from error
-        try:
-            found = os.fstat(number)
-            if (found.st_ino, found.st_size) != (handle.inode, handle.num_bytes):
-                raise ArenaError(f"arena: process {handle.pid} is no longer the one that made it; ask for a new handle")
-            access = mmap.ACCESS_WRITE if is_pinnable else mmap.ACCESS_READ
-            return cls(layers, number, handle, mmap.mmap(number, handle.num_bytes, access=access))
-        except BaseException:
-            os.close(number)
-            raise
+        memory = map_existing(
+            "arena", handle.pid, handle.number, handle.inode, handle.num_bytes, is_writable=is_pinnable
+        )
+        return cls(layers, None, handle, memory)
 
     def __enter__(self) -> "ArenaTier":
         return self
@@ -218,8 +188,8 @@ class ArenaTier:
         number, self._number = self._number, None
         if number is not None:
             os.close(number)
-            self._bytes = self._is_filled = torch.empty(0, dtype=torch.uint8)
-            self._index = {}
+        self._bytes = self._is_filled = torch.empty(0, dtype=torch.uint8)
+        self._index = {}
 
     def __del__(self) -> None:
         if getattr(self, "_number", None) is not None:

@@ -170,6 +170,11 @@ class ExpertCache:
         finally:
             self._release(list(waiting))
 
+    def absent(self, layer: int, experts: Iterable[int]) -> list[int]:
+        """Those of `experts` that are in no slot and not on their way to one, in their order."""
+        with self._changed:
+            return [expert for expert in experts if (layer, expert) not in self._slot]
+
     def expect(self, layer: int, probability: Mapping[int, float]) -> None:
         """Tells the eviction policy what is predicted of the layer's next visit."""
         with self._changed:

@@ -21,12 +21,14 @@ from raymoe.inference.experts import CachedExperts
 from raymoe.inference.foresight import Foresight
 from raymoe.inference.meter import Meter
 from raymoe.inference.predictors import predictors_by_name
+from raymoe.inference.remote import HostTier, NodeTier, RemoteExperts
 from raymoe.inference.requests import Delta, EngineError, SamplingParams
 from raymoe.inference.routes import LastPaths
 from raymoe.inference.scheduler import GroupingOptions
+from raymoe.inference.sending import Sending
 from raymoe.inference.servable import end_tokens, refuse_unservable
 from raymoe.inference.text import StopWatch
-from raymoe.inference.tiers import CheckpointTier, Tiers
+from raymoe.inference.tiers import CheckpointTier, ExpertSource, Tiers
 from raymoe.models import attach_runtime, load_without_experts, warm_up_layers
 
 DEFAULT_PREDICTORS = ("look_ahead", "token_table", "path")
@@ -52,6 +54,8 @@ class InferenceEngine:
         eviction: Callable[[int, int], EvictionPolicy] = LeastRecentlyUsed,
         predictors: Sequence[str] = DEFAULT_PREDICTORS,
         grouping: GroupingOptions | None = None,
+        remote: RemoteExperts | None = None,
+        on_miss: str = "wait",
     ):
         """Loads the dense part of the model, allocates both caches and starts the generation thread.
 
@@ -72,6 +76,8 @@ class InferenceEngine:
             predictors: names of `raymoe.inference.predictors.NAMES`; each judges itself, and rests where it does not pay.
             grouping: how batches are formed by routes when more requests are active than a step holds; it judges itself, and
                 stops where it does not pay.
+            remote: hosts that hold experts; they are asked before the files. Closed together with the engine.
+            on_miss: "wait", or "send": a host computes the rows of an expert that is missing, where that is cheaper.
 
         Raises:
             ValueError: a family that cannot be served, an incomplete checkpoint, or a budget below one expert.
@@ -83,7 +89,13 @@ class InferenceEngine:
         self._config = loaded.config.get_text_config()
         numel = [layer.layout.numel for layer in files.layers]
         num_experts = [layer.num_experts for layer in files.layers]
-        self._tiers = Tiers({"file": CheckpointTier(files)})
+        self._remote, node = remote, None
+        tiers: dict[str, ExpertSource] = {}
+        if remote is not None:
+            node = tiers["node"] = NodeTier(remote)
+            tiers["hosts"] = HostTier(remote, numel, getattr(torch, dtype))
+        self._node = node
+        self._tiers = Tiers(tiers | {"file": CheckpointTier(files)})
         self._tiers.measure(numel, num_experts, getattr(torch, dtype))
         self.cache = ExpertCache(
             self._tiers,
@@ -107,7 +119,13 @@ class InferenceEngine:
         self._routes = LastPaths(
             len(files.layers), max(layer.num_experts for layer in files.layers), residents=self.cache.residents
         )
-        attach_runtime(loaded, CachedExperts(self.cache, files.layers, self._note_routes))
+        self._sending: Sending | None = None
+        if on_miss == "send":
+            if remote is None or node is None:
+                raise ValueError("on_miss: 'send' needs hosts that hold experts; set expert_hosts, or on_miss: wait")
+            expert_bytes = [count * getattr(torch, dtype).itemsize for count in numel]
+            self._sending = Sending(remote, node, self.cache, expert_bytes, len(files.layers))
+        attach_runtime(loaded, CachedExperts(self.cache, files.layers, self._note_routes, self._sending))
         warm_up_layers(files.layers, getattr(torch, dtype), torch.device(device), is_training=False)
         self._stop_ids = end_tokens(loaded.generation_config.eos_token_id, self._config.eos_token_id)
         self._facts = {
@@ -282,6 +300,7 @@ class InferenceEngine:
             "hit_rate": total.hit_rate,
             "tiers": [asdict(tier) | {"rate": tier.rate and tier.rate._asdict()} for tier in self._tiers.stats()],
             "tier_facts": self._tiers.facts(),
+            "sent": self._sending.facts() if self._sending is not None else None,
             "prediction": self._foresight.report(),
             "grouping": self._batcher.scheduler.stats(),
             "kernels": kernels.calls(),
@@ -299,6 +318,10 @@ class InferenceEngine:
         """Ends the engine; requests that are not done get an "error" delta. Safe to call again."""
         self._batcher.close()
         self.cache.close()
+        if self._remote is not None:
+            self._remote.close()
+        if self._node is not None:
+            self._node.close()
         self._deliveries.fail_all("the engine was closed")
 
     def _step_begins(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -3,13 +3,14 @@
 T tokens, K choices per token, S = T*K routed rows, H hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 
 from torch import Tensor
 
 from raymoe.inference.cache import ExpertCache
-from raymoe.kernels import combine, expert_rows, plan
+from raymoe.inference.sending import Sending
+from raymoe.kernels import Plan, combine, expert_rows, plan
 from raymoe.models import MoELayer, weights_of
 
 
@@ -25,11 +26,17 @@ class CachedExperts:
         cache: ExpertCache,
         layers: list[MoELayer],
         routed: Callable[[int, Tensor, Tensor, list[int]], None] | None = None,
+        sending: Sending | None = None,
     ):
-        """`routed`: told of each layer's choices while experts are fetched, before they are computed: (layer, hidden [T, H],
-        expert_index [T, K], the distinct experts in it)."""
+        """
+        Args:
+            routed: told of each layer's choices while experts are fetched, before they are computed: (layer, hidden [T, H],
+                expert_index [T, K], the distinct experts in it).
+            sending: has hosts compute the rows of experts that are missing, where it finds that cheaper.
+        """
         self._cache = cache
         self._routed = routed
+        self._sending = sending
         self._weights = [weights_of(layer, layer.layout.views(cache.pool[:, : layer.layout.numel])) for layer in layers]
 
     def __call__(self, layer: MoELayer, hidden: Tensor, expert_index: Tensor, expert_weight: Tensor) -> Tensor:
@@ -38,12 +45,20 @@ class CachedExperts:
         # the one host sync of a layer: which experts are wanted decides what is fetched
         wanted = routed.offsets.diff().nonzero().flatten().tolist()
         rows = hidden.new_empty(expert_index.numel(), hidden.shape[1])
-        gate_up, down, biases = self._weights[layer.index]
-        with closing(self._cache.acquire(layer.index, wanted)) as groups:
+        calls = self._sending.begin(layer.index, hidden, routed, wanted) if self._sending is not None else []
+        away = {expert for call in calls for expert in call.experts}
+        with closing(self._cache.acquire(layer.index, [e for e in wanted if e not in away])) as groups:
             if self._routed is not None:
                 self._routed(layer.index, hidden, expert_index, wanted)
-            for experts, slots in groups:
-                expert_rows(
-                    hidden, gate_up, down, routed, experts, slots=slots, out=rows, spec=layer.spec, biases=biases
-                )
+            self._compute(layer, hidden, routed, groups, rows)
+        if self._sending is not None and (failed := self._sending.finish(calls, rows)):
+            with closing(self._cache.acquire(layer.index, failed)) as groups:
+                self._compute(layer, hidden, routed, groups, rows)
         return combine(rows, routed, expert_weight)
+
+    def _compute(
+        self, layer: MoELayer, hidden: Tensor, routed: Plan, groups: Iterable[tuple[list[int], list[int]]], out: Tensor
+    ) -> None:
+        gate_up, down, biases = self._weights[layer.index]
+        for experts, slots in groups:
+            expert_rows(hidden, gate_up, down, routed, experts, slots=slots, out=out, spec=layer.spec, biases=biases)

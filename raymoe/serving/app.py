@@ -5,6 +5,7 @@ from ray.serve import Application
 from raymoe.config import ServeConfig
 from raymoe.serving.engine import Engine
 from raymoe.serving.gateway import Gateway
+from raymoe.serving.hosts import ExpertHosts
 
 _IDLE_CHECK_S = 0.2
 _LAST_ANSWERS_S = 10.0
@@ -12,7 +13,7 @@ _LAST_ANSWERS_S = 10.0
 
 
 def build_app(args: ServeConfig) -> Application:
-    """Builds the Serve application: one `Gateway` in front of `engines` replicas of `Engine`."""
+    """Builds the Serve application: one `Gateway` in front of `engines` replicas of `Engine`, and who owns the expert hosts."""
     engine = Engine.options(
         num_replicas=args.engines,
         max_ongoing_requests=args.max_ongoing_requests,
@@ -34,4 +35,12 @@ def build_app(args: ServeConfig) -> Application:
         graceful_shutdown_wait_loop_s=_IDLE_CHECK_S,
         graceful_shutdown_timeout_s=_LAST_ANSWERS_S,
     )
-    return gateway.bind(args, engine.bind(args))
+    if args.expert_hosts is None:
+        return gateway.bind(args, engine.bind(args))
+    hosts = ExpertHosts.options(
+        max_constructor_retry_count=1,
+        ray_actor_options={"num_cpus": 0.1},
+        graceful_shutdown_wait_loop_s=_IDLE_CHECK_S,
+        graceful_shutdown_timeout_s=_LAST_ANSWERS_S,
+    )
+    return gateway.bind(args, engine.bind(args, hosts.bind(args)))

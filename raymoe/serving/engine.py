@@ -6,19 +6,22 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 from raymoe import env
 from raymoe.config import ServeConfig
 from raymoe.inference import Delta, EngineError, SamplingParams, TokenLogprobs
 from raymoe.inference.text import decoder
 from raymoe.serving.answers import Event
+from raymoe.serving.hosts import directory_name
 
 
 @serve.deployment(name="Engine")
 class Engine:
     """One device's engine. Built by `raymoe.serving.build_app`, which sets its size."""
 
-    def __init__(self, config: ServeConfig):
+    def __init__(self, config: ServeConfig, hosts: DeploymentHandle | None = None):
+        """`hosts`: there only so that Serve runs that deployment; the hosts' directory is found by its name."""
         # not at the top: whoever builds the application (`serve run`) must not wait for torch
         import torch
         from transformers import AutoTokenizer
@@ -30,6 +33,11 @@ class Engine:
         logging.getLogger("raymoe").setLevel(env.log_level())
         torch.set_num_threads(max(1, int(config.num_cpus)))
         export_metrics()
+        remote = None
+        if config.expert_hosts is not None:
+            from raymoe.actors.host_client import HostClient
+
+            remote = HostClient(directory_name(), timeout_s=config.expert_hosts.timeout_s)
         self._max_tokens = config.max_tokens
         self._engine = InferenceEngine(
             config.model,
@@ -44,6 +52,8 @@ class Engine:
             predictors=config.predictors,
             grouping=GroupingOptions(max_wait_steps=config.max_wait_steps),
             prefix_sharing=config.prefix_sharing,
+            remote=remote,
+            on_miss=config.on_miss,
             decode=decoder(AutoTokenizer.from_pretrained(config.model, local_files_only=True)),
         )
 

@@ -60,8 +60,10 @@ def serving(config: ServeConfig, *, app_name: str = "raymoe") -> Iterator[str]:
 def _session(config: ServeConfig) -> AbstractContextManager:
     if ray.is_initialized():
         return nullcontext()
+    hosts = config.expert_hosts
+    wanted = config.engines * config.num_cpus + (hosts.count * hosts.num_cpus if hosts is not None else 0)
     # one for Serve's own processes and the gateway
-    return ray_session(min_cpus=math.ceil(config.engines * config.num_cpus) + 1, dashboard=False)
+    return ray_session(min_cpus=math.ceil(wanted) + 1, dashboard=False)
 
 
 def _deploy(config: ServeConfig, app_name: str) -> None:
