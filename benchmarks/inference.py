@@ -29,11 +29,13 @@ from raymoe.benchmarks.inference_model import prompts, trained_model
 from raymoe.benchmarks.inference_rivals import SYSTEMS, measure
 from raymoe.inference import Delta, InferenceEngine, SamplingParams
 from raymoe.inference.replay import belady
+from raymoe.inference.scheduler import GroupingOptions
 from raymoe.models import load_without_experts
 from raymoe.telemetry import write_json
 
 Row = dict[str, Any]
 _RIVAL_TOKENS = 12
+_CROWDED_BATCH, _CROWD = 8, 4
 _COLUMNS = {
     "arm": ("arm", "", 1), "tokens_per_s": ("tok/s", ".0f", 1), "spread": ("min-max", "", 1),
     "share_of_resident": ("resident", ".0%", 1), "bound_share": ("bound", ".0%", 1), "ttft_ms": ("first ms", ".0f", 1),
@@ -90,6 +92,7 @@ def run(
     rounds: int,
     tokens: int,
     rivals: Sequence[int],
+    crowded: Sequence[int],
     folder: Path | None,
     console: Console,
     command: str,
@@ -102,6 +105,8 @@ def run(
         budgets: percent of all experts.
         rounds: timed ones.
         tokens: generated for each request.
+        crowded: budgets, in percent, under which four times as many requests wait as a step holds, with the token scheduler and
+            in order of arrival.
         rivals: budgets, in percent, under which other systems run beside raymoe, one request at a time.
         folder: where the trained model is kept, or made; None: made anew.
 
@@ -122,11 +127,37 @@ def run(
             for batch in batches:
                 rows += _cell(model, names, budget, batch, asked[:batch], rounds, tokens)
                 console.print(_table([row for row in rows if row["budget"] == budget and row["batch"] == batch]))
+        for budget in crowded:
+            rows += _crowded(model, budget, prompts(home, _CROWD * _CROWDED_BATCH), rounds, tokens, console)
         for budget in rivals:
             rows += _rivals(model, budget, asked, rounds, console)
     if json is not None:
         write_json(json, command, rows)
     return rows
+
+
+def _crowded(model: Path, budget: int, asked: list[list[int]], rounds: int, tokens: int, console: Console) -> list[Row]:
+    """Two rows: batches by routes, and in order of arrival; ratios are of rounds that follow each other."""
+    plain = GroupingOptions(max_active=_CROWDED_BATCH)
+    with ExitStack() as stack:
+        running: dict[str, _Running] = {}
+        for name, grouping in (("in order", plain), ("by routes", GroupingOptions())):
+            options = options_of("full", budget, len(asked)) | {"max_requests": _CROWDED_BATCH, "grouping": grouping}
+            running[name] = _Running(stack.enter_context(InferenceEngine(model, **options)))
+            running[name].watch()
+        for _ in range(rounds + 1):
+            for each in running.values():
+                each.rounds.append(_generate(each.engine, asked, tokens))
+        reference = running["in order"]
+        rows = [_row(name, budget, _CROWDED_BATCH, each, reference) for name, each in running.items()]
+    table = Table("batches", "tok/s", "min-max", "over in order", "MB/tok", "experts a step", "grouping", "same",
+                  title=f"{len(asked)} requests, {_CROWDED_BATCH} a step, {budget} % of experts")  # fmt: skip
+    for row in rows:
+        table.add_row(row["arm"], f"{row['tokens_per_s']:.0f}", row["spread"], f"{row['share_of_resident']:.2f}",
+                      f"{row['bytes_per_token'] / 1e6:.2f}", f"{row['experts_per_step']:.0f}",
+                      f"{row['grouping']['state']}: {row['grouping']['reason']}", str(row["identical"]))  # fmt: skip
+    console.print(table)
+    return [row | {"arm": f"crowded {row['arm']}", "over_in_order": row["share_of_resident"]} for row in rows]
 
 
 def _rivals(model: Path, budget: int, asked: list[list[int]], rounds: int, console: Console) -> list[Row]:

@@ -240,6 +240,7 @@ def bench_inference(
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each engine.")] = 3,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each request.")] = 48,
     rivals: Annotated[str, typer.Option(help="Budgets under which other systems run as well; '' for none.")] = "25",
+    crowded: Annotated[str, typer.Option(help="Budgets for more requests than a step holds; '' for none.")] = "25",
     folder: Annotated[
         Path | None, typer.Option(help="Where the trained model is kept; it is made there if it is not.")
     ] = None,
@@ -248,7 +249,7 @@ def bench_inference(
     """Compare engines whose experts do not fit: caching, prediction, batching by routes, and what others do."""
     from raymoe.commands.bench import bench_inference as run
 
-    run(arms, budgets, batches, rounds, tokens, rivals, folder, shown_console(), shown_command(), json)
+    run(arms, budgets, batches, rounds, tokens, rivals, crowded, folder, shown_console(), shown_command(), json)
 
 
 def main() -> None:

@@ -72,6 +72,7 @@ def bench_inference(
     rounds: int,
     tokens: int,
     rivals: str,
+    crowded: str,
     folder: Path | None,
     console: Console,
     command: str,
@@ -84,7 +85,8 @@ def bench_inference(
     names = arms.split(",") if arms else list(ARMS)
     percents, sizes = _numbers("--budgets", budgets), _numbers("--batches", batches)
     others = _numbers("--rivals", rivals) if rivals else []
-    benchmark.run(names, percents, sizes, rounds, tokens, others, folder, console, command, json)
+    crowds = _numbers("--crowded", crowded) if crowded else []
+    benchmark.run(names, percents, sizes, rounds, tokens, others, crowds, folder, console, command, json)
 
 
 def _on_cuda(shapes: str | None, tokens: str | None, tune: bool, output: Path, json: Path | None) -> None:
