@@ -26,7 +26,11 @@ class EvictionPolicy(Protocol):
         """This expert is no longer resident."""
 
     def victim(self, layer: int, is_free: Callable[[Key], bool]) -> Key | None:
-        """A resident for which `is_free` holds, to make room for an expert of `layer`; None if there is none."""
+        """A resident for which `is_free` holds, to make room for an expert of `layer`.
+
+        None while every resident that should go is in use or on its way; asked again once one of them is free, it names one.
+        Where all residents are free there is always a victim. It stays the policy's until `dropped` says that it went.
+        """
 
     def worth(self, key: Key) -> float:
         """What it is good for to have an expert in a slot, resident or not; only to be compared."""
@@ -81,7 +85,7 @@ class LeastRecentlyUsed:
             return self._oldest(range(len(self._last_use)), is_free)
         # the asking layer is about to hold one more; when its own slots are all in use it waits for them, and leaves the others'
         above = [i for i, order in enumerate(self._last_use) if len(order) + (i == layer) > self._share[i]]
-        return self._oldest(above, is_free)
+        return self._oldest(above or range(len(self._last_use)), is_free)
 
     def _oldest(self, layers: Iterable[int], is_free: Callable[[Key], bool]) -> Key | None:
         found: Key | None = None
@@ -94,3 +98,40 @@ class LeastRecentlyUsed:
                     found, oldest = (layer, expert), tick
                     break
         return found
+
+
+class GlobalLru:
+    """Least recently used of all layers first: the paper's Cache-MoE baseline without its write-back ("shadow-copy LRU")."""
+
+    name = "global_lru"
+
+    def __init__(self, num_layers: int, num_slots: int):
+        self._num_layers = num_layers
+        self._tick = 0
+        self._last_use: OrderedDict[Key, int] = OrderedDict()
+
+    def resized(self, num_slots: int) -> None:
+        """Nothing: the order does not depend on the budget."""
+
+    def used(self, layer: int, experts: Iterable[int]) -> None:
+        self._tick += 1
+        for expert in experts:
+            self._last_use[layer, expert] = self._tick
+            self._last_use.move_to_end((layer, expert))
+
+    def fetched(self, layer: int, expert: int) -> None:
+        self.used(layer, [expert])
+
+    def dropped(self, layer: int, expert: int) -> None:
+        self._last_use.pop((layer, expert), None)
+
+    def expect(self, layer: int, probability: Mapping[int, float]) -> None:
+        """History alone decides."""
+
+    def victim(self, layer: int, is_free: Callable[[Key], bool]) -> Key | None:
+        return next(filter(is_free, self._last_use), None)
+
+    def worth(self, key: Key) -> float:
+        """1 for what was used last, falling with every call of `used` since; 0 for what is not resident."""
+        last = self._last_use.get(key)
+        return 0.0 if last is None else 1 / (1 + (self._tick - last) / self._num_layers)

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from raymoe.inference.eviction import EvictionPolicy, Key
-
-Trace = Sequence[Sequence[Sequence[int]]]
+from raymoe.inference.eviction_oracle import Trace
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raymoe.inference.eviction import LeastRecentlyUsed
-from raymoe.inference.expected_use import ExpectedUse
+from raymoe.inference.eviction import GlobalLru, LeastRecentlyUsed
+from raymoe.inference.eviction_expected import ExpectedUse
+from raymoe.inference.eviction_frequency import LeastFrequentlyUsed, Plec
 from raymoe.inference.replay import belady, replay
 
-POLICIES = [LeastRecentlyUsed, ExpectedUse]
+POLICIES = [LeastRecentlyUsed, GlobalLru, LeastFrequentlyUsed, Plec, ExpectedUse]
 LAYERS, EXPERTS = 2, 4
 
 traces = st.lists(
