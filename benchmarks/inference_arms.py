@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from raymoe.inference.eviction import LeastRecentlyUsed
-
 _NONE: dict[str, Any] = {"predictors": ()}
 ARMS: dict[str, dict[str, Any]] = {
     "resident": {**_NONE, "expert_memory": "100%"},
     "on-demand": {**_NONE, "expert_memory": "one expert"},
-    "lru": {**_NONE, "eviction": LeastRecentlyUsed, "expert_readers": 0},
+    "global lru": {**_NONE, "eviction": "global_lru"},
+    "lru": {**_NONE, "eviction": "lru"},
+    "lfu": {**_NONE, "eviction": "lfu"},
+    "expected use": _NONE,
     "look-ahead": {"predictors": ("look_ahead",)},
+    "path, plec": {"predictors": ("path",), "eviction": "plec"},
     "full": {},
 }
 """Options of the engine, by arm."""

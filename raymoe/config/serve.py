@@ -38,6 +38,8 @@ class ServeConfig(Strict):
     """Steps in a row that such a request may be left out."""
     expert_readers: int = Field(default=1, ge=0)
     """Threads that fetch experts while others compute; without any, nothing is fetched ahead."""
+    eviction: Literal["expected_use", "lru", "global_lru", "lfu", "plec"] = "expected_use"
+    """Which expert gives up its slot: the one expected to be wanted last, or an older rule, see docs/serving.md."""
     direct_io: bool = True
     """Read experts past the page cache, which would serve them from memory that no budget knows of."""
     predictors: tuple[Literal["look_ahead", "token_table", "transitions", "path"], ...] = (

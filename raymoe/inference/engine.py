@@ -16,10 +16,10 @@ from raymoe import kernels
 from raymoe.inference.batching import Batcher
 from raymoe.inference.cache import ExpertCache
 from raymoe.inference.deliveries import Deliveries, Request
-from raymoe.inference.eviction import EvictionPolicy, LeastRecentlyUsed
 from raymoe.inference.experts import CachedExperts
 from raymoe.inference.foresight import Foresight
 from raymoe.inference.meter import Meter
+from raymoe.inference.policies import DEFAULT_POLICY, policy_by_name
 from raymoe.inference.predictors import predictors_by_name
 from raymoe.inference.remote import HostTier, NodeTier, RemoteExperts
 from raymoe.inference.requests import Delta, EngineError, SamplingParams
@@ -51,7 +51,7 @@ class InferenceEngine:
         decode: Callable[[list[int]], str] | None = None,
         expert_readers: int = 1,
         direct_io: bool = True,
-        eviction: Callable[[int, int], EvictionPolicy] = LeastRecentlyUsed,
+        eviction: str = DEFAULT_POLICY,
         predictors: Sequence[str] = DEFAULT_PREDICTORS,
         grouping: GroupingOptions | None = None,
         remote: RemoteExperts | None = None,
@@ -72,7 +72,7 @@ class InferenceEngine:
             expert_readers: threads that fetch experts while others compute; without any, nothing is fetched ahead.
             direct_io: read the checkpoint's files past the page cache, which otherwise serves experts from memory that no budget
                 knows of.
-            eviction: makes the expert cache's policy from (layers, slots).
+            eviction: name of the expert cache's policy, one of `raymoe.inference.policies.POLICIES`.
             predictors: names of `raymoe.inference.predictors.NAMES`; each judges itself, and rests where it does not pay.
             grouping: how batches are formed by routes when more requests are active than a step holds; it judges itself, and
                 stops where it does not pay.
@@ -96,6 +96,7 @@ class InferenceEngine:
             tiers["hosts"] = HostTier(remote, numel, getattr(torch, dtype))
         self._node = node
         self._tiers = Tiers(tiers | {"file": CheckpointTier(files)})
+        self._eviction = eviction
         self._tiers.measure(numel, num_experts, getattr(torch, dtype))
         self.cache = ExpertCache(
             self._tiers,
@@ -104,7 +105,7 @@ class InferenceEngine:
             budget=expert_memory,
             dtype=getattr(torch, dtype),
             device=device,
-            policy=eviction,
+            policy=policy_by_name(eviction),
             readers=expert_readers,
         )
         file_rate = self._tiers.stats()[-1].rate
@@ -113,7 +114,7 @@ class InferenceEngine:
             predictors_by_name(predictors, Path(model), files.layers, vocab_size=self._config.vocab_size),
             num_experts=num_experts,
             expert_bytes=[count * getattr(torch, dtype).itemsize for count in numel],
-            policy=eviction,
+            policy=policy_by_name(eviction),
             fetch_s=file_rate.seconds(self.cache.slot_bytes) if file_rate is not None else 1e-3,
         )
         self._routes = LastPaths(
@@ -288,6 +289,7 @@ class InferenceEngine:
             "budget_bytes": self.cache.budget_bytes,
             "slots": self.cache.num_slots,
             "kv_tokens": self._batcher.kv_budget.tokens,
+            "eviction": self._eviction,
             "kv_bytes": self._batcher.kv_budget.bytes,
             "is_alive": self.is_alive,
             "uptime_s": round(time.monotonic() - self._started_s, 3),

@@ -48,6 +48,7 @@ class Engine:
             kv_tokens=config.kv_tokens,
             max_requests=config.max_batch_requests,
             expert_readers=config.expert_readers,
+            eviction=config.eviction,
             direct_io=config.direct_io,
             predictors=config.predictors,
             grouping=GroupingOptions(max_wait_steps=config.max_wait_steps),
