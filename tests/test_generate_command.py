@@ -109,6 +109,7 @@ def test_rows_are_read_by_field_and_seeds_are_their_own(folder, tmp_path):
         ({"drawing": Drawing(temperature=-1.0)}, "temperature = -1.0: must be at least 0"),
         ({"drawing": Drawing(temperature=float("nan"))}, "temperature = nan: must be at least 0"),
         ({"drawing": Drawing(top_p=0.0)}, "top_p = 0.0: must be above 0, up to 1"),
+        ({"drawing": Drawing(temperature=0.0, top_p=0.5)}, "top_p: with temperature 0 nothing is drawn"),
         ({"drawing": Drawing(top_k=-1)}, "top_k = -1: must be at least 0"),
         ({"data": "in.jsonl"}, r"in.jsonl line 1: no field 'text', there are \['say'\]. Set text_field."),
         ({"data": "nothing.txt"}, "nothing.txt' does not exist"),
@@ -146,6 +147,15 @@ def test_what_is_there_stays_when_an_expert_cannot_be_read(folder, tmp_path, mon
     kept = lines(tmp_path / "out.partial")
     assert kept == lines(tmp_path / "whole")[: len(kept)]
     assert [line["input"] for line in kept] == ["in.txt:1", "in.txt:3", "in.txt:4", "in.txt:5"]
+
+
+def test_limits_of_drawing_mean_that_tokens_are_drawn():
+    assert [
+        Drawing(**options).config().do_sample for options in ({"top_p": 0.5}, {"top_k": 3}, {"temperature": 1.0})
+    ] == [True] * 3
+    assert Drawing(temperature=0.0).config().do_sample is False
+    # as the model's own configuration says
+    assert Drawing(max_new_tokens=3).config().do_sample is None
 
 
 def test_a_folder_without_inputs_is_refused(folder, tmp_path):
