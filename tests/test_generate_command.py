@@ -150,9 +150,8 @@ def test_what_is_there_stays_when_an_expert_cannot_be_read(folder, tmp_path, mon
 
 
 def test_limits_of_drawing_mean_that_tokens_are_drawn():
-    assert [
-        Drawing(**options).config().do_sample for options in ({"top_p": 0.5}, {"top_k": 3}, {"temperature": 1.0})
-    ] == [True] * 3
+    drawn = [Drawing(top_p=0.5), Drawing(top_k=3), Drawing(temperature=1.0)]
+    assert [drawing.config().do_sample for drawing in drawn] == [True] * 3
     assert Drawing(temperature=0.0).config().do_sample is False
     # as the model's own configuration says
     assert Drawing(max_new_tokens=3).config().do_sample is None
