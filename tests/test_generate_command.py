@@ -96,7 +96,8 @@ def test_rows_are_read_by_field_and_seeds_are_their_own(folder, tmp_path):
     a, b = ({line["input"]: line["text"] for line in lines(tmp_path / name)} for name in "ab")
     assert a == b
     assert set(a) == {f"in.jsonl:{n}" for n in range(1, 6)}
-    run(folder, "switch", tmp_path / "c", **options | {"drawing": Drawing(max_new_tokens=6, temperature=1.0, seed=4)})
+    options["drawing"] = Drawing(max_new_tokens=6, temperature=1.0, seed=4)
+    run(folder, "switch", tmp_path / "c", **options)
     assert {line["input"]: line["text"] for line in lines(tmp_path / "c")} != a
 
 
