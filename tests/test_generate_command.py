@@ -96,7 +96,8 @@ def test_rows_are_read_by_field_and_seeds_are_their_own(folder, tmp_path):
     a, b = ({line["input"]: line["text"] for line in lines(tmp_path / name)} for name in "ab")
     assert a == b
     assert set(a) == {f"in.jsonl:{n}" for n in range(1, 6)}
-    run(folder, "switch", tmp_path / "c", **options | {"drawing": Drawing(max_new_tokens=6, temperature=1.0, seed=4)})
+    options["drawing"] = Drawing(max_new_tokens=6, temperature=1.0, seed=4)
+    run(folder, "switch", tmp_path / "c", **options)
     assert {line["input"]: line["text"] for line in lines(tmp_path / "c")} != a
 
 
@@ -109,6 +110,7 @@ def test_rows_are_read_by_field_and_seeds_are_their_own(folder, tmp_path):
         ({"drawing": Drawing(temperature=-1.0)}, "temperature = -1.0: must be at least 0"),
         ({"drawing": Drawing(temperature=float("nan"))}, "temperature = nan: must be at least 0"),
         ({"drawing": Drawing(top_p=0.0)}, "top_p = 0.0: must be above 0, up to 1"),
+        ({"drawing": Drawing(temperature=0.0, top_p=0.5)}, "top_p: with temperature 0 nothing is drawn"),
         ({"drawing": Drawing(top_k=-1)}, "top_k = -1: must be at least 0"),
         ({"data": "in.jsonl"}, r"in.jsonl line 1: no field 'text', there are \['say'\]. Set text_field."),
         ({"data": "nothing.txt"}, "nothing.txt' does not exist"),
@@ -146,6 +148,14 @@ def test_what_is_there_stays_when_an_expert_cannot_be_read(folder, tmp_path, mon
     kept = lines(tmp_path / "out.partial")
     assert kept == lines(tmp_path / "whole")[: len(kept)]
     assert [line["input"] for line in kept] == ["in.txt:1", "in.txt:3", "in.txt:4", "in.txt:5"]
+
+
+def test_limits_of_drawing_mean_that_tokens_are_drawn():
+    drawn = [Drawing(top_p=0.5), Drawing(top_k=3), Drawing(temperature=1.0)]
+    assert [drawing.config().do_sample for drawing in drawn] == [True] * 3
+    assert Drawing(temperature=0.0).config().do_sample is False
+    # as the model's own configuration says
+    assert Drawing(max_new_tokens=3).config().do_sample is None
 
 
 def test_a_folder_without_inputs_is_refused(folder, tmp_path):

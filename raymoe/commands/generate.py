@@ -56,9 +56,11 @@ class Drawing:
             if value is not None and not is_inside(value):
                 raise ValueError(f"{name} = {value}: must be {bounds}")
         chosen: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "top_p": self.top_p, "top_k": self.top_k}
-        if self.temperature is not None:
-            chosen |= {"do_sample": self.temperature > 0}
-            chosen |= {"temperature": self.temperature} if self.temperature else {}
+        limits = [name for name in ("top_p", "top_k") if chosen[name] is not None]
+        if self.temperature == 0 and limits:
+            raise ValueError(f"{limits[0]}: with temperature 0 nothing is drawn; leave one of the two out")
+        if self.temperature is not None or limits:
+            chosen |= {"do_sample": self.temperature != 0, "temperature": self.temperature or None}
         return GenerationConfig(**{name: value for name, value in chosen.items() if value is not None})
 
 

@@ -14,7 +14,6 @@ import torch
 from transformers import GenerationConfig
 
 from raymoe.inference.cache import ExpertCache
-from raymoe.inference.counters import CacheCounters
 from raymoe.inference.engine import DEFAULT_PREDICTORS
 from raymoe.inference.eviction import EvictionPolicy, LeastRecentlyUsed
 from raymoe.inference.foresight import Foresight
@@ -148,11 +147,6 @@ class StaticEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def total(self) -> CacheCounters:
-        """What the expert cache has done."""
-        return self.cache.total
-
     def run(
         self,
         inputs: Iterable[StaticInput],
@@ -240,7 +234,7 @@ class StaticEngine:
             **self.facts,
             "budget_bytes": self.cache.budget_bytes,
             "slots": self.cache.num_slots,
-            "cache": asdict(self.cache.total),
+            "cache": asdict(self.cache.totals()),
             **self.counters.as_row(),
             "grouping": self._grouping,
             "prediction": self._rows.foresight.report() if self._rows.foresight is not None else {},
@@ -253,13 +247,16 @@ class StaticEngine:
     def _scheduler(self, batch_size: int, options: UnitOptions) -> UnitScheduler:
         num_experts = max(layer.num_experts for layer in self._decoder_layers)
         top_k = max(layer.top_k for layer in self._decoder_layers)
-        predictor = PathPredictor.beside(
-            self._path,
-            num_layers=len(self._decoder_layers),
-            num_experts=num_experts,
-            top_k=top_k,
-            vocab_size=self._vocab_size,
-        )
+        predictor = None
+        if options.stride == 1:
+            # a path is one token's; of several steps the last tokens say more
+            predictor = PathPredictor.beside(
+                self._path,
+                num_layers=len(self._decoder_layers),
+                num_experts=num_experts,
+                top_k=top_k,
+                vocab_size=self._vocab_size,
+            )
         routes = UnitRoutes(
             len(self._decoder_layers),
             num_experts,

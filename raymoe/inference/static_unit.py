@@ -4,7 +4,7 @@ B sequences of a batch, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -147,7 +147,7 @@ class Unit:
 
     def _advance(self, batch: _Batch) -> list[StaticSequence]:
         """A token for each sequence of a batch; returns those that have ended, which are no longer in it."""
-        before = replace(self._experts.total)
+        before = self._experts.totals()
         if batch.cache is None:
             if self._side_by_side and self._scheduler is not None:
                 self._scheduler.routes.prompts([s.prompt for s in batch.sequences], batch.names)
@@ -155,10 +155,10 @@ class Unit:
             if not can_exchange(batch.cache):
                 self._side_by_side, self._scheduler = False, None
             self._counters.prompt_tokens += sum(len(sequence.prompt) for sequence in batch.sequences)
-            self._counters.prompt_bytes += self._experts.total.fetched_bytes - before.fetched_bytes
+            self._counters.prompt_bytes += self._experts.totals().fetched_bytes - before.fetched_bytes
         else:
             logits = self._forward.step(batch.cache, batch.sequences, batch.width)
-            self._count(self._experts.total, before)
+            self._count(self._experts.totals() - before)
             if self._side_by_side and self._scheduler is not None and len(self._batches) > 1:
                 self._scheduler.ran(batch.names, [sequence.number for sequence in batch.sequences])
         self._counters.generated_tokens += len(batch.sequences)
@@ -171,13 +171,12 @@ class Unit:
             self._scheduler.routes.step_begins([sequence.tokens[-1] for sequence in batch.sequences], batch.names)
         return ended
 
-    def _count(self, after: CacheCounters, before: CacheCounters) -> None:
-        hits = after.hits - before.hits
+    def _count(self, done: CacheCounters) -> None:
         counters = self._counters
         counters.steps += 1
-        counters.hits += hits
-        counters.wanted_experts += hits + after.late - before.late + after.misses - before.misses
-        counters.decode_bytes += after.fetched_bytes - before.fetched_bytes
+        counters.hits += done.hits
+        counters.wanted_experts += done.hits + done.late + done.misses
+        counters.decode_bytes += done.fetched_bytes
 
     def _drop_ended(self, batch: _Batch) -> None:
         live = [row for row, sequence in enumerate(batch.sequences) if sequence.reason is None]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Cache, DynamicCache, EncoderDecoderCache, GptOssConfig, Qwen3NextConfig
 
@@ -46,6 +46,7 @@ def deals(draw):
     return sizes, [shuffled[a:b] for a, b in itertools.pairwise([0, *cuts])]
 
 
+@settings(max_examples=40)
 @given(deals())
 def test_every_sequence_takes_its_rows_along(deal):
     sizes, groups = deal
@@ -60,6 +61,7 @@ def test_every_sequence_takes_its_rows_along(deal):
         assert holds(cache, [batches[batch][row] for batch, row in group])
 
 
+@settings(max_examples=40)
 @given(deals())
 def test_what_stays_is_not_counted_as_moved(deal):
     sizes, groups = deal

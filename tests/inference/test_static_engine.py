@@ -27,7 +27,9 @@ def test_tokens_are_those_of_the_whole_model_at_every_budget(family, num_batches
     assert len({token for answer in expected for token in answer}) > 10
     grouping = UnitOptions(margin=0.0, copy_cost=0.0, stride=stride)
     for budget in ("100%", "50%", "one expert"):
-        with StaticEngine(path, expert_memory=one_expert(path) if budget == "one expert" else budget) as engine:
+        expert_memory = one_expert(path) if budget == "one expert" else budget
+        # without readers nothing is fetched between steps, and every byte is a step's
+        with StaticEngine(path, expert_memory=expert_memory, expert_readers=0) as engine:
             options = {"batch_size": 2, "num_batches": num_batches, "config": config(), "grouping": grouping}
             assert engine.generate(prompts, **options) == expected, budget
             stats = engine.stats()
@@ -46,14 +48,14 @@ def test_sequences_end_early_each_at_its_own_place():
     """The end token is one that answers hold at different places, so batches shrink, merge and vanish."""
     for family in ("switch", "olmoe"):
         model, path = saved(family)
-        prompts = random_prompts([*LENGTHS, 6, 2, 14], seed=3)
+        prompts = random_prompts([*LENGTHS, 6, 2], seed=3)
         free = truth(model, prompts, max_new_tokens=16, eos_token_id=None)
         ends = [answer[i] for i, answer in enumerate(free[:4])]
         expected = truth(model, prompts, max_new_tokens=16, eos_token_id=ends)
         assert len({len(answer) for answer in expected}) > 2
         with StaticEngine(path, expert_memory="50%") as engine:
             options = {"config": config(max_new_tokens=16, eos_token_id=ends), "grouping": EAGER}
-            answers = list(engine.run([StaticInput(p) for p in prompts], batch_size=3, num_batches=3, **options))
+            answers = list(engine.run([StaticInput(p) for p in prompts], batch_size=3, num_batches=2, **options))
         assert {answer.number: answer.tokens for answer in answers} == dict(enumerate(expected))
         for answer in answers:
             assert answer.finish_reason == ("stop" if answer.tokens[-1] in ends else "length")
@@ -209,7 +211,7 @@ def test_bad_inputs_are_named():
         StaticEngine(saved("switch")[1], expert_memory=1)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     lengths=st.lists(st.integers(1, 6), min_size=1, max_size=7),
     batch_size=st.integers(1, 4),
