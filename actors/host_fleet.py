@@ -28,6 +28,8 @@ _BEAT_S = 0.2
 _SILENT_S = 15.0
 """A host that has said nothing for so long is taken for dead, and killed."""
 _LONGEST_WAIT_S = 30.0
+_ARRIVAL_S = 120.0
+"""The others wait no longer for a new host to hold its share."""
 _COOLING_S = 30.0
 """So often what was asked for counts half, and copies are looked at anew."""
 _BETTER = 1.1
@@ -44,6 +46,7 @@ class _Member:
     wanted: list[Key] | None = None
     """What it is to hold."""
     told: list[Key] | None = None
+    told_s: float = 0.0
     has_arrived: bool = False
     """It has held all that it was told to, once."""
     is_leaving: bool = False
@@ -259,11 +262,12 @@ class HostFleet:
         """Those that are new first: the others must not give up what is to move there before it is there."""
         members = [member for member in self._members.values() if member.wanted is not None]
         for member in members:
-            member.has_arrived |= member.told is not None and _has_all(member)
+            is_late = member.told is not None and time.monotonic() - member.told_s > _ARRIVAL_S
+            member.has_arrived |= _has_all(member) or is_late
         all_have_arrived = all(member.has_arrived for member in members)
         for member in members:
             if member.wanted != member.told and (all_have_arrived or not member.has_arrived):
-                member.told = member.wanted
+                member.told, member.told_s = member.wanted, time.monotonic()
                 member.actor.hold.remote(member.wanted)
 
     def _cooled(self, num_experts: list[int], is_time: bool) -> np.ndarray:

@@ -18,7 +18,7 @@ from raymoe.inference import InferenceEngine, SamplingParams
 from tests.inference.conftest import generate_alone, random_prompts
 from tests.tiny_models import tiny_model
 
-PATIENCE_S = 60
+PATIENCE_S = 150
 LAYERS, EXPERTS = 2, 16
 PROMPTS = random_prompts([5, 9, 3], seed=3)
 

@@ -12,7 +12,7 @@ from raymoe.config import ServeConfig
 from raymoe.errors import RunFailed
 from raymoe.serving import serving
 
-PATIENCE_S = 60
+PATIENCE_S = 150
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,13 @@ def cluster():
 @pytest.fixture(scope="module")
 def config(model_path) -> ServeConfig:
     return ServeConfig(
-        model=model_path, expert_memory="20%", max_batch_tokens=64, kv_tokens=2048, max_tokens=200, port=0, expert_hosts=1
+        model=model_path,
+        expert_memory="20%",
+        max_batch_tokens=64,
+        kv_tokens=2048,
+        max_tokens=200,
+        port=0,
+        expert_hosts=1,
     )
 
 
@@ -67,5 +73,8 @@ def test_hosts_come_serve_and_go_with_the_application(cluster, config):
 @pytest.mark.slow
 def test_hosts_that_cannot_be_say_why(cluster, config):
     small = config.model_copy(update={"expert_hosts": config.expert_hosts.model_copy(update={"memory": "1KiB"})})
-    with pytest.raises(RunFailed, match=r"expert_hosts: no host could be started: .*1KiB is 1024 bytes"), serving(small):
+    with (
+        pytest.raises(RunFailed, match=r"expert_hosts: no host could be started: .*1KiB is 1024 bytes"),
+        serving(small),
+    ):
         pass
