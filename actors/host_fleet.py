@@ -110,6 +110,7 @@ class HostFleet:
                 "version": self._directory.version,
                 "wanted_hosts": self._count,
                 "deaths": self._deaths,
+                "is_settled": len(members) == self._count and all(map(_is_settled, members)),
                 "hosts": {
                     m.number: {
                         "node": m.state.node,
@@ -170,9 +171,7 @@ class HostFleet:
     def _dismiss(self) -> None:
         """Ends those that leave, once nobody needs them."""
         staying = [member for member in self._members.values() if not member.is_leaving]
-        is_ready = all(
-            member.wanted is not None and member.told == member.wanted and _has_all(member) for member in staying
-        )
+        is_ready = all(map(_is_settled, staying))
         for member in list(self._members.values()):
             if member.is_leaving and (is_ready or member.state is None) and member.number not in self._owner_members:
                 self._remove(member.number)
@@ -308,6 +307,11 @@ class HostFleet:
 def _has_all(member: _Member) -> bool:
     """Whether it holds all that it was told to."""
     return member.told is not None and member.held is not None and all(member.held[key] for key in member.told)
+
+
+def _is_settled(member: _Member) -> bool:
+    """Whether it holds what it is to hold, and there is nothing more to tell it."""
+    return member.wanted is not None and member.told == member.wanted and _has_all(member)
 
 
 def _one_line(error: Exception) -> str:

@@ -98,8 +98,8 @@ def settled(directory, count: int):
     """The hosts' facts once there are so many and each holds all it is to."""
 
     def check():
-        found = ray.get(directory.facts.remote())["hosts"]
-        return found if len(found) == count and all(h["is_settled"] and h["wanted"] for h in found.values()) else None
+        facts = ray.get(directory.facts.remote())
+        return facts["hosts"] if facts["is_settled"] and len(facts["hosts"]) == count else None
 
     return until(check, f"{count} hosts hold their experts")
 
