@@ -1,6 +1,8 @@
 """The application with experts in actors: they come with it, serve, and go with it."""
 
+import logging
 import time
+from typing import Any
 
 import httpx
 import psutil
@@ -8,7 +10,7 @@ import pytest
 import ray
 from ray import serve
 
-from raymoe.config import ServeConfig
+from raymoe.config import ExpertHostsConfig, ServeConfig
 from raymoe.errors import RunFailed
 from raymoe.serving import serving
 
@@ -17,7 +19,7 @@ PATIENCE_S = 150
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()
 
@@ -37,7 +39,7 @@ def config(model_path) -> ServeConfig:
 
 def hosts_of(app_name: str) -> list[int]:
     """Their processes."""
-    facts = ray.get(ray.get_actor(f"{app_name}/expert-directory", "raymoe").facts.remote())
+    facts: Any = ray.get(ray.get_actor(f"{app_name}/expert-directory", "raymoe").facts.remote())
     return [host["pid"] for host in facts["hosts"].values() if host["is_settled"]]
 
 
