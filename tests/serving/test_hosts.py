@@ -33,7 +33,7 @@ def config(model_path) -> ServeConfig:
         kv_tokens=2048,
         max_tokens=200,
         port=0,
-        expert_hosts=1,
+        expert_hosts=ExpertHostsConfig(count=1),
     )
 
 
