@@ -28,6 +28,8 @@ _BEAT_S = 0.2
 _SILENT_S = 15.0
 """A host that has said nothing for so long is taken for dead, and killed."""
 _LONGEST_WAIT_S = 30.0
+_ARRIVAL_S = 120.0
+"""The others wait no longer for a new host to hold its share."""
 _COOLING_S = 30.0
 """So often what was asked for counts half, and copies are looked at anew."""
 _BETTER = 1.1
@@ -44,6 +46,7 @@ class _Member:
     wanted: list[Key] | None = None
     """What it is to hold."""
     told: list[Key] | None = None
+    told_s: float = 0.0
     has_arrived: bool = False
     """It has held all that it was told to, once."""
     is_leaving: bool = False
@@ -107,6 +110,7 @@ class HostFleet:
                 "version": self._directory.version,
                 "wanted_hosts": self._count,
                 "deaths": self._deaths,
+                "is_settled": len(members) == self._count and all(map(_is_settled, members)),
                 "hosts": {
                     m.number: {
                         "node": m.state.node,
@@ -167,9 +171,7 @@ class HostFleet:
     def _dismiss(self) -> None:
         """Ends those that leave, once nobody needs them."""
         staying = [member for member in self._members.values() if not member.is_leaving]
-        is_ready = all(
-            member.wanted is not None and member.told == member.wanted and _has_all(member) for member in staying
-        )
+        is_ready = all(map(_is_settled, staying))
         for member in list(self._members.values()):
             if member.is_leaving and (is_ready or member.state is None) and member.number not in self._owner_members:
                 self._remove(member.number)
@@ -259,11 +261,12 @@ class HostFleet:
         """Those that are new first: the others must not give up what is to move there before it is there."""
         members = [member for member in self._members.values() if member.wanted is not None]
         for member in members:
-            member.has_arrived |= member.told is not None and _has_all(member)
+            is_late = member.told is not None and time.monotonic() - member.told_s > _ARRIVAL_S
+            member.has_arrived |= _has_all(member) or is_late
         all_have_arrived = all(member.has_arrived for member in members)
         for member in members:
             if member.wanted != member.told and (all_have_arrived or not member.has_arrived):
-                member.told = member.wanted
+                member.told, member.told_s = member.wanted, time.monotonic()
                 member.actor.hold.remote(member.wanted)
 
     def _cooled(self, num_experts: list[int], is_time: bool) -> np.ndarray:
@@ -304,6 +307,11 @@ class HostFleet:
 def _has_all(member: _Member) -> bool:
     """Whether it holds all that it was told to."""
     return member.told is not None and member.held is not None and all(member.held[key] for key in member.told)
+
+
+def _is_settled(member: _Member) -> bool:
+    """Whether it holds what it is to hold, and there is nothing more to tell it."""
+    return member.wanted is not None and member.told == member.wanted and _has_all(member)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,255 +1,28 @@
 """Experts held elsewhere: whatever their holders do, what arrives is right or comes from the next tier. Holders in this process."""
 
+# ruff: noqa: F811  (fixtures that are imported)
+
 import os
 import threading
-import time
 
-import numpy as np
 import pytest
 import torch
 
 from raymoe.inference import InferenceEngine, SamplingParams
 from raymoe.inference.holding import Holding
-from raymoe.inference.remote import CorruptExpert, HostSpeed, HostTier, NodeTier
-from raymoe.inference.shared_slots import SharedSlots
+from raymoe.inference.remote import CorruptExpert, HostTier, NodeTier
 from raymoe.inference.tier_rate import TierRate
-from raymoe.inference.tiers import CheckpointTier, NotHeld
-from raymoe.kernels import expert_rows, plan
-from raymoe.models import expert_parameters, load_without_experts, moe_layers, weights_of
+from raymoe.inference.tiers import NotHeld
 from tests.inference.conftest import generate_alone, random_prompts
+from tests.inference.local_hosts import ALL, LocalHosts, experts, hold, until  # noqa: F401
 
-ALL = [(layer, expert) for layer in range(2) for expert in range(8)]
-CHEAP, DEAR = TierRate(1e12, 0.0, 1), TierRate(1e12, 1.0, 1)
-
-
-@pytest.fixture
-def model(saved_model):
-    """(layers, the files as a tier, [experts of a layer, flat])"""
-    model, path = saved_model("olmoe")
-    _, files = load_without_experts(path, torch.float32)
-    flat = []
-    for layer in moe_layers(model):
-        flat.append(torch.zeros(layer.num_experts, layer.layout.numel))
-        layer.layout.pack(expert_parameters(layer), flat[-1])
-    return files.layers, CheckpointTier(files), flat
+DEAR = TierRate(1e12, 1.0, 1)
 
 
-@pytest.fixture
-def hold(model):
-    """Makes holdings that are closed at the end of the test."""
-    made = []
-
-    def make(memory="100%", keys=ALL, source=None) -> Holding:
-        made.append(Holding(model[0], source or model[1], memory=memory, dtype=torch.float32))
-        made[-1].hold(keys)
-        return made[-1]
-
-    yield make
-    for holding in made:
-        holding.close()
-
-
-def until(check, timeout_s: float = 20.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not check():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
-
-
-class LocalHosts:
-    """`RemoteExperts` whose hosts are holdings of this process; `spoil` may change or refuse what they answer."""
-
-    def __init__(self, *holdings, is_near=False, spoil=None, way=CHEAP):
-        self.holdings, self.is_near, self.way = list(holdings), is_near, way
-        self.spoil = spoil or (lambda answer: answer)
-        self.given, self.sent = [], []
-        self.is_closed = False
-
-    def on_node(self):
-        return [h.handle for h in self.holdings] if self.is_near else []
-
-    def holder(self, layer, expert):
-        return next((n for n, h in enumerate(self.holdings) if h.held()[layer, expert]), None)
-
-    def give(self, layer, expert):
-        host = self.holder(layer, expert)
-        if host is None:
-            raise NotHeld("nobody")
-        self.given.append((layer, expert))
-        return self.spoil(self.holdings[host].give([(layer, expert)])[0])
-
-    def send(self, host, layer, rows, experts, counts):
-        self.sent.append((host, layer, list(experts), list(counts)))
-        hosts = self
-
-        class Sent:
-            def wait(self):
-                data = hosts.holdings[host].compute(
-                    layer, rows.numpy().view(np.uint8).ravel(), rows.dtype, experts, counts
-                )
-                data = hosts.spoil(data)
-                return torch.from_numpy(data.rows.copy()).view(rows.dtype).view(rows.shape)
-
-        return Sent()
-
-    def speed(self, host):
-        return HostSpeed(self.way, 0.0, 0.0)
-
-    def facts(self):
-        return {"given": len(self.given)}
-
-    def close(self):
-        self.is_closed = True
-
-
-def test_shared_slots_are_read_by_who_maps_them_and_only_what_is_published():
-    with SharedSlots.create(3, [10, 20], [4, 5], torch.float32) as slots:
-        slots.clear(1)[:20] = 7.0
-        with SharedSlots.attach(slots.handle) as mapped:
-            out = torch.zeros(20)
-            with pytest.raises(NotHeld, match="no slot holds expert 4 of MoE layer 1"):
-                mapped.read(1, 4, out)
-            slots.publish(1, (1, 4))
-            assert mapped.read(1, 4, out) == 80
-            assert (out == 7).all()
-            assert mapped.holds(1, 4)
-            assert not mapped.holds(1, 3)
-            slots.clear(1)
-            assert not mapped.holds(1, 4)
-
-
-def test_a_slot_that_is_rewritten_under_a_reader_is_never_half_read():
-    numel = 200_000
-    with SharedSlots.create(1, [numel], [2], torch.float32) as slots, SharedSlots.attach(slots.handle) as mapped:
-        is_over = threading.Event()
-
-        def rewrite():
-            while not is_over.is_set():
-                for expert in (0, 1):
-                    slots.clear(0)[:numel] = expert
-                    slots.publish(0, (0, expert))
-                    time.sleep(0.0002)
-
-        writer = threading.Thread(target=rewrite)
-        writer.start()
-        whole = broken = 0
-        try:
-            deadline_s, out = time.monotonic() + 20, torch.empty(numel)
-            while (whole < 50 or broken < 5) and time.monotonic() < deadline_s:
-                try:
-                    mapped.read(0, 1, out)
-                except NotHeld:
-                    broken += 1
-                    continue
-                whole += 1
-                assert (out == 1).all()
-        finally:
-            is_over.set()
-            writer.join()
-        assert whole >= 50
-        assert broken >= 5
-
-
-def test_a_holding_reads_the_hottest_first_and_gives_what_it_has(model, hold):
-    begun, may_go_on = [], threading.Event()
-
-    class Slow:
-        def read(self, layer, expert, out):
-            begun.append((layer, expert))
-            if len(begun) > 2:
-                assert may_go_on.wait(20)
-            return model[1].read(layer, expert, out)
-
-    holding = hold(keys=[(1, 5), (0, 2), (1, 0)], source=Slow())
-    until(lambda: len(begun) == 3)
-    first, second, missing = holding.give([(0, 2), (1, 5), (1, 0)])
-    assert begun == [(1, 5), (0, 2), (1, 0)]
-    assert missing is None
-    assert not holding.is_settled
-    assert torch.equal(torch.from_numpy(first.data.copy()).view(torch.float32), model[2][0][2])
-    assert torch.equal(torch.from_numpy(second.data.copy()).view(torch.float32), model[2][1][5])
-    may_go_on.set()
-    until(lambda: holding.is_settled)
-    assert np.argwhere(holding.held()).tolist() == [[0, 2], [1, 0], [1, 5]]
-
-
-def test_a_holding_that_is_told_otherwise_keeps_to_its_memory(hold):
-    holding = hold(memory="25%", keys=ALL[:4])
-    until(lambda: holding.is_settled)
-    assert holding.num_slots == 4
-    # one of the old four is still wanted, and stays; what was given a moment ago stays for a while
-    holding.give([ALL[0]])
-    holding.hold([ALL[3], *ALL[10:13]])
-    time.sleep(0.1)
-    until(lambda: holding.is_settled)
-    assert np.argwhere(holding.held()).tolist() == [list(key) for key in (ALL[3], *ALL[10:13])]
-    assert holding.facts()["held"] == 4
-    # more than there is room for: the hottest
-    holding.hold(ALL)
-    until(lambda: holding.is_settled)
-    assert np.argwhere(holding.held()).tolist() == [list(key) for key in ALL[:4]]
-
-
-def test_what_cannot_be_held_is_refused(model, hold):
-    with pytest.raises(
-        ValueError, match=r"expert_hosts.memory: 1KiB is 1024 bytes, less than one expert takes; give at least"
-    ):
-        hold(memory="1KiB")
-    with pytest.raises(ValueError, match="there is no expert 8 in MoE layer 1"):
-        hold(keys=[(1, 8)])
-
-
-def test_an_expert_that_cannot_be_read_leaves_the_others(model, hold, caplog):
-    class Broken:
-        def read(self, layer, expert, out):
-            if (layer, expert) == (0, 1):
-                raise OSError("Input/output error")
-            return model[1].read(layer, expert, out)
-
-    holding = hold(source=Broken())
-    until(lambda: holding.held().sum() == 15)
-    assert not holding.held()[0, 1]
-    assert "expert 1 of MoE layer 0 cannot be read: Input/output error" in caplog.text
-
-
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "mixtral"])
-def test_rows_are_computed_as_the_engine_does_bit_by_bit(saved_model, family):
-    model, path = saved_model(family)
-    _, files = load_without_experts(path, torch.float32)
-    layer = files.layers[1]
-    flat = torch.zeros(layer.num_experts, layer.layout.numel)
-    layer.layout.pack(expert_parameters(moe_layers(model)[1]), flat)
-    generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(9, 32, generator=generator)
-    routed = plan(torch.randint(0, layer.num_experts, (9, 2), generator=generator), layer.num_experts)
-    gate_up, down, biases = weights_of(layer, layer.layout.views(flat))
-    wanted = hidden.new_empty(18, 32)
-    experts = routed.offsets.diff().nonzero().flatten().tolist()
-    expert_rows(hidden, gate_up, down, routed, experts, out=wanted, spec=layer.spec, biases=biases)
-    holding = Holding(files.layers, CheckpointTier(files), memory="100%", dtype=torch.float32)
-    try:
-        # in another order than their numbers', so that slots are not experts
-        holding.hold([(1, expert) for expert in reversed(experts)])
-        until(lambda: holding.is_settled)
-        rows = hidden[routed.token].numpy().view(np.uint8).ravel()
-        counts = [int(routed.offsets[e + 1] - routed.offsets[e]) for e in experts]
-        found, seconds = holding.compute(1, rows, torch.float32, experts, counts)
-        assert torch.equal(torch.from_numpy(found).view(torch.float32).view(18, 32), wanted)
-        assert seconds > 0
-        assert holding.facts()["computed_rows"] == 18
-        with pytest.raises(NotHeld, match="does not hold expert 0 of MoE layer 0"):
-            holding.compute(0, rows, torch.float32, [0], [18])
-        speed = holding.compute_speed()
-        assert speed is not None
-        assert all(part >= 0 for part in speed)
-    finally:
-        holding.close()
-
-
-def test_what_arrives_wrong_is_not_taken(model, hold):
+def test_what_arrives_wrong_is_not_taken(experts, hold):
     holding = hold()
     until(lambda: holding.is_settled)
-    numel = [layer.layout.numel for layer in model[0]]
+    numel = [layer.layout.numel for layer in experts[0]]
 
     def flipped(parcel):
         data = parcel.data.copy()
@@ -261,28 +34,28 @@ def test_what_arrives_wrong_is_not_taken(model, hold):
         HostTier(LocalHosts(holding, spoil=spoil), numel, torch.float32).read(1, 3, out)
         return out
 
-    assert torch.equal(read(lambda parcel: parcel), model[2][1][3])
+    assert torch.equal(read(lambda parcel: parcel), experts[2][1][3])
     with pytest.raises(CorruptExpert, match=r"expert 3 of MoE layer 1 arrived with checksum [0-9a-f]{8}, sent was"):
         read(flipped)
     with pytest.raises(CorruptExpert, match=rf"came with {numel[1] * 4 - 4} bytes, but has {numel[1] * 4}"):
         read(lambda parcel: parcel._replace(data=parcel.data[:-4]))
 
 
-def test_an_expert_is_cast_to_the_slots_dtype(model, hold):
+def test_an_expert_is_cast_to_the_slots_dtype(experts, hold):
     holding = hold()
     until(lambda: holding.is_settled)
-    out = torch.zeros(model[0][0].layout.numel, dtype=torch.bfloat16)
+    out = torch.zeros(experts[0][0].layout.numel, dtype=torch.bfloat16)
     HostTier(LocalHosts(holding), [out.numel()] * 2, torch.float32).read(0, 6, out)
-    assert torch.equal(out, model[2][0][6].bfloat16())
+    assert torch.equal(out, experts[2][0][6].bfloat16())
 
 
-def test_hosts_on_the_node_are_read_without_a_call_and_let_go(model, hold):
+def test_hosts_on_the_node_are_read_without_a_call_and_let_go(experts, hold):
     hosts = LocalHosts(hold(keys=ALL[:8]), hold(keys=ALL[8:]), is_near=True)
     until(lambda: all(h.is_settled for h in hosts.holdings))
     node = NodeTier(hosts)
-    out = torch.zeros(model[0][1].layout.numel)
+    out = torch.zeros(experts[0][1].layout.numel)
     node.read(1, 2, out)
-    assert torch.equal(out, model[2][1][2])
+    assert torch.equal(out, experts[2][1][2])
     assert node.facts() == {"mapped_hosts": 2}
     assert node.holds(0, 0)
     gone = hosts.holdings.pop(0)
@@ -430,15 +203,15 @@ def num_left() -> tuple[int, int, int]:
     return threading.active_count(), len(os.listdir("/proc/self/fd")), mapped
 
 
-def test_nothing_is_left_behind(model):
+def test_nothing_is_left_behind(experts):
     before = num_left()
     for _ in range(3):
-        holding = Holding(model[0], model[1], memory="50%", dtype=torch.float32)
+        holding = Holding(experts[0], experts[1], memory="50%", dtype=torch.float32)
         holding.hold(ALL)
         until(lambda: holding.is_settled)  # noqa: B023
         hosts = LocalHosts(holding, is_near=True)
         node = NodeTier(hosts)
-        node.read(*ALL[0], torch.zeros(model[0][0].layout.numel))
+        node.read(*ALL[0], torch.zeros(experts[0][0].layout.numel))
         node.close()
         holding.close()
         holding.close()

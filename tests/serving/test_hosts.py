@@ -1,6 +1,8 @@
 """The application with experts in actors: they come with it, serve, and go with it."""
 
+import logging
 import time
+from typing import Any
 
 import httpx
 import psutil
@@ -8,16 +10,16 @@ import pytest
 import ray
 from ray import serve
 
-from raymoe.config import ServeConfig
+from raymoe.config import ExpertHostsConfig, ServeConfig
 from raymoe.errors import RunFailed
 from raymoe.serving import serving
 
-PATIENCE_S = 60
+PATIENCE_S = 150
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()
 
@@ -25,13 +27,19 @@ def cluster():
 @pytest.fixture(scope="module")
 def config(model_path) -> ServeConfig:
     return ServeConfig(
-        model=model_path, expert_memory="20%", max_batch_tokens=64, kv_tokens=2048, max_tokens=200, port=0, expert_hosts=1
+        model=model_path,
+        expert_memory="20%",
+        max_batch_tokens=64,
+        kv_tokens=2048,
+        max_tokens=200,
+        port=0,
+        expert_hosts=ExpertHostsConfig(count=1),
     )
 
 
 def hosts_of(app_name: str) -> list[int]:
     """Their processes."""
-    facts = ray.get(ray.get_actor(f"{app_name}/expert-directory", "raymoe").facts.remote())
+    facts: Any = ray.get(ray.get_actor(f"{app_name}/expert-directory", "raymoe").facts.remote())
     return [host["pid"] for host in facts["hosts"].values() if host["is_settled"]]
 
 
@@ -67,5 +75,8 @@ def test_hosts_come_serve_and_go_with_the_application(cluster, config):
 @pytest.mark.slow
 def test_hosts_that_cannot_be_say_why(cluster, config):
     small = config.model_copy(update={"expert_hosts": config.expert_hosts.model_copy(update={"memory": "1KiB"})})
-    with pytest.raises(RunFailed, match=r"expert_hosts: no host could be started: .*1KiB is 1024 bytes"), serving(small):
+    with (
+        pytest.raises(RunFailed, match=r"expert_hosts: no host could be started: .*1KiB is 1024 bytes"),
+        serving(small),
+    ):
         pass
