@@ -27,7 +27,7 @@ def bench_kernels(
         raise ValueError("--tune finds tiles for the Triton kernels and needs a CUDA device; there is none here")
     benchmark.run(
         [benchmark.shape_of(name) for name in (shapes.split(",") if shapes else benchmark.DEFAULT_SHAPES)],
-        _numbers(tokens) if tokens else benchmark.TOKENS,
+        _numbers("--tokens", tokens) if tokens else benchmark.TOKENS,
         benchmark.STEP_TOKENS if tokens is None else (),
         21,
         console,
@@ -65,6 +65,25 @@ def bench_elastic(
     benchmark.run(workers, kills, every, dtype, seed, console, command, json)
 
 
+def bench_cache(
+    model: Path,
+    data: str,
+    sequences: int,
+    sequence_length: int,
+    batches: str,
+    budgets: str,
+    tokens: int,
+    console: Console,
+    command: str,
+    json: Path | None,
+) -> None:
+    """Replays cache policies; see `raymoe.benchmarks.cache_policies`. Raises: ValueError, a bad number or a bad model."""
+    from raymoe.benchmarks import cache_policies as benchmark
+
+    sizes, percents = _numbers("--batches", batches), _numbers("--budgets", budgets)
+    benchmark.run(model, data, sequences, sequence_length, sizes, percents, tokens, console, command, json)
+
+
 def _on_cuda(shapes: str | None, tokens: str | None, tune: bool, output: Path, json: Path | None) -> None:
     from raymoe.benchmarks import kernels_gpu
     from raymoe.errors import RunFailed
@@ -78,11 +97,11 @@ def _on_cuda(shapes: str | None, tokens: str | None, tune: bool, output: Path, j
         raise RunFailed(f"a check failed or a phase did not run (code {code}); see {output}")
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(option: str, text: str) -> list[int]:
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1:
-        raise ValueError(f"--tokens is {text!r}; give whole numbers from 1, comma-separated: 1,16,512")
+        raise ValueError(f"{option} is {text!r}; give whole numbers from 1, comma-separated: 1,16,512")
     return numbers
