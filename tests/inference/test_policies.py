@@ -100,7 +100,7 @@ def test_a_victim_is_resident_and_free_and_all_can_be_had(name, calls):
         elif what == "expect":
             policy.expect(layer, argument)
         else:
-            victim = policy.victim(layer, lambda key: key in resident and key not in argument)
+            victim = policy.victim(layer, (resident - argument).__contains__)
             assert victim is None or (victim in resident and victim not in argument)
             if victim is not None:
                 assert policy.worth(victim) >= 0.0
