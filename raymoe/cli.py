@@ -252,6 +252,25 @@ def bench_inference(
     run(arms, budgets, batches, rounds, tokens, rivals, crowded, folder, shown_console(), shown_command(), json)
 
 
+@bench.command(name="cache")
+def bench_cache(
+    model: Annotated[Path, typer.Argument(help="Hugging Face directory of a MoE model, with its tokenizer.")],
+    data: Annotated[
+        str, typer.Option(help="Text, as `raymoe train` takes it; best what the model was not trained on.")
+    ],
+    sequences: Annotated[int, typer.Option(min=1)] = 32,
+    sequence_length: Annotated[int, typer.Option(min=2)] = 192,
+    batches: Annotated[str, typer.Option(help="Sequences that decode at once, comma-separated.")] = "1,4,16",
+    budgets: Annotated[str, typer.Option(help="Slots in percent of all experts, comma-separated.")] = "5,10,25,50",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens that are replayed, for each batch.")] = 1536,
+    json: Json = None,
+) -> None:
+    """Compare cache policies on a model's own routes with the fewest fetches that anybody could do with."""
+    from raymoe.commands.bench import bench_cache as run
+
+    run(model, data, sequences, sequence_length, batches, budgets, tokens, shown_console(), shown_command(), json)
+
+
 def main() -> None:
     """Entry point: bad input and failed runs are one clear message on stderr, not a traceback."""
     logging.basicConfig(level=env.log_level(), format="%(levelname)s %(name)s: %(message)s")

@@ -89,6 +89,25 @@ def bench_inference(
     benchmark.run(names, percents, sizes, rounds, tokens, others, crowds, folder, console, command, json)
 
 
+def bench_cache(
+    model: Path,
+    data: str,
+    sequences: int,
+    sequence_length: int,
+    batches: str,
+    budgets: str,
+    tokens: int,
+    console: Console,
+    command: str,
+    json: Path | None,
+) -> None:
+    """Replays cache policies; see `raymoe.benchmarks.cache_policies`. Raises: ValueError, a bad number or a bad model."""
+    from raymoe.benchmarks import cache_policies as benchmark
+
+    sizes, percents = _numbers("--batches", batches), _numbers("--budgets", budgets)
+    benchmark.run(model, data, sequences, sequence_length, sizes, percents, tokens, console, command, json)
+
+
 def _on_cuda(shapes: str | None, tokens: str | None, tune: bool, output: Path, json: Path | None) -> None:
     from raymoe.benchmarks import kernels_gpu
     from raymoe.errors import RunFailed

@@ -7,10 +7,10 @@ import numpy as np
 
 from raymoe.inference.eviction import Key
 
-_FAST, _SLOW = 0.1, 0.02
+_FAST, _SLOW = 0.3, 0.02
 """How far one visit of a layer moves the two running shares of visits that wanted an expert: what a request is about, and
 what the model always likes."""
-_FAST_WEIGHT = 0.6
+_FAST_WEIGHT = 0.4
 """Of the fast share in their mean."""
 _LEAST = 1e-3
 """Added to every share: what has never been wanted still may be."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from raymoe.inference.eviction import EvictionPolicy, GlobalLru, LeastRecentlyUsed
 from raymoe.inference.eviction_expected import ExpectedUse
-from raymoe.inference.eviction_frequency import Plec, LeastFrequentlyUsed
+from raymoe.inference.eviction_frequency import LeastFrequentlyUsed, Plec
 
 PolicyFactory = Callable[[int, int], EvictionPolicy]
 """Makes a policy from (layers, slots)."""

@@ -4,7 +4,7 @@ A trace is a list of steps; a step has for each layer the distinct experts that 
 """
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from raymoe.inference.eviction import EvictionPolicy, Key
