@@ -5,7 +5,7 @@ ExpertFlow's own setting (arXiv 2410.17954): the same cache, predictors and grou
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,8 +15,8 @@ from transformers import GenerationConfig
 
 from raymoe.inference.cache import ExpertCache
 from raymoe.inference.engine import DEFAULT_PREDICTORS
-from raymoe.inference.eviction import EvictionPolicy, LeastRecentlyUsed
 from raymoe.inference.foresight import Foresight
+from raymoe.inference.policies import DEFAULT_POLICY, policy_by_name
 from raymoe.inference.predictors import predictors_by_name
 from raymoe.inference.predictors.path_predictor import PathPredictor
 from raymoe.inference.static_forward import DecoderForward, EncoderDecoderForward, RoutedRows
@@ -62,7 +62,7 @@ class StaticEngine:
         device: str | None = None,
         expert_readers: int = 1,
         direct_io: bool = True,
-        eviction: Callable[[int, int], EvictionPolicy] = LeastRecentlyUsed,
+        eviction: str = DEFAULT_POLICY,
         predictors: Sequence[str] = DEFAULT_PREDICTORS,
     ):
         """Loads the dense part of the model.
@@ -75,7 +75,7 @@ class StaticEngine:
             expert_readers: threads that fetch experts while others compute; without any, nothing is fetched ahead.
             direct_io: read the checkpoint's files past the page cache, which otherwise serves experts from memory that no budget
                 knows of.
-            eviction: makes the expert cache's policy from (layers, slots).
+            eviction: name of the expert cache's policy, one of `raymoe.inference.policies.POLICIES`.
             predictors: names of `raymoe.inference.predictors.NAMES`, for the decoder; each judges itself, and rests where it does
                 not pay.
 
@@ -105,7 +105,7 @@ class StaticEngine:
             budget=expert_memory,
             dtype=torch_dtype,
             device=device,
-            policy=eviction,
+            policy=policy_by_name(eviction),
             readers=expert_readers,
         )
         self._expert_bytes = [count * torch_dtype.itemsize for count in numel[first:]]
@@ -117,7 +117,7 @@ class StaticEngine:
                 predictors_by_name(predictors, self._path, self._decoder_layers, vocab_size=self._vocab_size),
                 num_experts=num_experts[first:],
                 expert_bytes=self._expert_bytes,
-                policy=eviction,
+                policy=policy_by_name(eviction),
                 fetch_s=rate.seconds(self.cache.slot_bytes) if rate is not None else 1e-3,
             )
         except BaseException:
