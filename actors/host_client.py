@@ -11,7 +11,7 @@ import numpy as np
 import ray
 import torch
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from torch import Tensor
 
 from raymoe.actors.host_directory import Directory, HostEntry
@@ -84,25 +84,6 @@ class HostClient:
         if last is not None:
             raise last
         raise NotHeld(f"no host holds expert {expert} of MoE layer {layer}")
-
-    def give_many(self, keys: Sequence[tuple[int, int]]) -> list[Parcel | None]:
-        """Several experts with one call a host, all hosts at once; None for those that nobody could give."""
-        by_host: dict[int, list[int]] = {}
-        hosts: dict[int, HostEntry] = {}
-        for place, (layer, expert) in enumerate(keys):
-            if holders := self._holders(layer, expert):
-                hosts[holders[0].number] = holders[0]
-                by_host.setdefault(holders[0].number, []).append(place)
-        refs = {n: hosts[n].actor.give.remote([keys[place] for place in places]) for n, places in by_host.items()}
-        parcels: list[Parcel | None] = [None] * len(keys)
-        for number, places in by_host.items():
-            try:
-                found = self._get(hosts[number], refs[number])
-            except HostUnreachable:
-                continue
-            for place, parcel in zip(places, found, strict=True):
-                parcels[place] = parcel
-        return parcels
 
     def holder(self, layer: int, expert: int) -> int | None:
         """See `RemoteExperts`."""
@@ -198,7 +179,7 @@ class HostClient:
             if isinstance(error.cause, NotHeld):
                 raise NotHeld(str(error.cause)) from None
             raise
-        except (RayActorError, RayError) as error:
+        except RayError as error:
             with self._lock:
                 self._gone.add(host.number)
                 self._counts["failed_calls"] += 1

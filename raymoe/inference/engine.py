@@ -97,7 +97,7 @@ class InferenceEngine:
         self._node = node
         self._tiers = Tiers(tiers | {"file": CheckpointTier(files)})
         self._eviction = eviction
-        self._tiers.measure(numel, num_experts, getattr(torch, dtype))
+        rates = self._tiers.measure(numel, num_experts, getattr(torch, dtype))
         self.cache = ExpertCache(
             self._tiers,
             numel=numel,
@@ -108,14 +108,14 @@ class InferenceEngine:
             policy=policy_by_name(eviction),
             readers=expert_readers,
         )
-        file_rate = self._tiers.stats()[-1].rate
+        nearest = next(iter(rates.values()), None)
         self._foresight = Foresight(
             self.cache,
             predictors_by_name(predictors, Path(model), files.layers, vocab_size=self._config.vocab_size),
             num_experts=num_experts,
             expert_bytes=[count * getattr(torch, dtype).itemsize for count in numel],
             policy=policy_by_name(eviction),
-            fetch_s=file_rate.seconds(self.cache.slot_bytes) if file_rate is not None else 1e-3,
+            fetch_s=nearest.seconds(self.cache.slot_bytes) if nearest is not None else 1e-3,
         )
         self._routes = LastPaths(
             len(files.layers), max(layer.num_experts for layer in files.layers), residents=self.cache.residents

@@ -12,7 +12,7 @@ def refuse_unservable(config: PreTrainedConfig) -> None:
     if config.is_encoder_decoder:
         raise ValueError(
             f"model family '{config.model_type}' is an encoder-decoder; raymoe serves decoder-only MoE models, because "
-            "transformers' continuous batching does"
+            "transformers' continuous batching does. `raymoe generate` runs it in static batches"
         )
     if is_latent(text) and text.model_type not in LATENT_FAMILIES:
         raise ValueError(

@@ -181,15 +181,6 @@ def test_rows_are_sent_and_tokens_stay(client, make_engine, wanted):
     assert sent["failures"] == 0
 
 
-def test_several_experts_come_with_one_call(client):
-    keys = [(1, 3), (0, 9), (0, 15), (1, 0)]
-    alone = [client.give(*key) for key in keys]
-    together = client.give_many(keys)
-    assert [parcel.crc32 for parcel in together] == [parcel.crc32 for parcel in alone]
-    assert len({parcel.crc32 for parcel in alone}) == 4
-    assert all((a.data == b.data).all() for a, b in zip(alone, together, strict=True))
-
-
 def test_hosts_leave_and_join_and_few_have_to_do_without(fleet, client, make_engine, wanted):
     version = client.facts()["version"]
     engine = make_engine(client)
