@@ -102,7 +102,8 @@ class Foresight:
             self._judge_window()
         self._steps += 1
         self._tokens += len(requests)
-        self._heard = [arm for arm in self._arms if arm.judge.is_on] if self._is_tight else []
+        is_asking = self._is_tight and self._judge.is_on
+        self._heard = [arm for arm in self._arms if arm.judge.is_on] if is_asking else []
         self._publish(
             {layer for arm in self._heard for layer in arm.ask(arm.predictor.step_begins, token_ids, requests)}
         )
@@ -110,7 +111,7 @@ class Foresight:
     def routed(self, layer: int, hidden: Tensor, expert_index: Tensor, wanted: Sequence[int]) -> None:
         """A layer's router has decided: hidden [T, H] that entered the MoE layer, expert_index int64 [T, K], and the distinct
         experts in it."""
-        if not self._is_tight:
+        if not self._is_tight or self._judge.is_resting:
             return
         resident = {expert for expert in range(self._num_experts[layer]) if (layer, expert) in self._ghost.resident}
         missing = self._ghost.visit(layer, wanted)
@@ -167,15 +168,13 @@ class Foresight:
             arm.useless += len(named) - len(right)
 
     def _publish(self, layers: set[int], after: int = -1) -> None:
-        """Merges anew what is said of these layers, and tells the cache if it is to be heeded."""
+        """Merges anew what is said of these layers, and tells the cache."""
         if layers:
             merged = combine(
                 [{layer: arm.said[layer] for layer in layers if layer in arm.said} for arm in self._heard],
                 [arm.quality.weight for arm in self._heard],
             )
             self._merged |= {layer: probability.numpy(force=True) for layer, probability in merged.items()}
-        if not self._judge.is_on:
-            return
         for layer in layers:
             probability = self._merged[layer]
             likely = np.flatnonzero(probability > _LEAST)
@@ -206,16 +205,21 @@ class Foresight:
             self._stall_share = min(1.0, done.stall_s / done.demand_read_s)
         miss_s = self._fetch_s * self._stall_share
         ghost = WindowCost(self._ghost_bytes / tokens, self._ghost_misses * miss_s / tokens)
-        self._judge.window(WindowCost(done.fetched_bytes / tokens, (done.stall_s + spent_s) / tokens), ghost)
+        # a window in which nobody was asked only brings the next one nearer
+        if self._heard or not self._judge.is_on:
+            self._judge.window(WindowCost(done.fetched_bytes / tokens, (done.stall_s + spent_s) / tokens), ghost)
         for arm in self._arms:
+            if arm.judge.is_on and arm not in self._heard:
+                continue
             heeded_s = (self._ghost_misses - arm.useful + arm.useless) * miss_s + arm.spent_s
             arm.judge.window(WindowCost(0.0, heeded_s / tokens), WindowCost(0.0, ghost.stall_s_per_token))
             arm.spent_s, arm.useful, arm.useless = 0.0, 0, 0
             arm.said.clear()
             _tell(arm)
         metrics.SERVE_PREDICTOR_HEEDED_RATIO.set(float(self._judge.is_on), predictor="all")
-        if not any(arm.judge.is_on for arm in self._arms):
+        if not (self._judge.is_on and any(arm.judge.is_on for arm in self._arms)):
             self._merged.clear()
+            self._cache.wish([])
         self._steps = self._tokens = self._ghost_misses = self._ghost_bytes = 0
         if self._ghost_slots != self._cache.num_slots:
             self._ghost_slots = self._cache.num_slots

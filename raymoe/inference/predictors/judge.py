@@ -64,6 +64,11 @@ class Judge:
         """Whether predictions may move bytes in the window to come (in a probe they do)."""
         return self._state != "off"
 
+    @property
+    def is_resting(self) -> bool:
+        """Off, and for longer than the window to come: nobody need know what demand only would cost."""
+        return self._state == "off" and self._windows_left > 1
+
     def window(self, live: WindowCost, ghost: WindowCost) -> bool:
         """A window of W steps is over; both costs are of it. Returns `is_on` for the next one."""
         self._windows += 1
