@@ -19,7 +19,7 @@ from rich.console import Console
 
 from raymoe.benchmarks.placement import table
 from raymoe.commands.predictor import record_routes
-from raymoe.commands.trace import _batches, _load, _look_at
+from raymoe.commands.traced_model import load_routed, look_at, text_batches
 from raymoe.inference.eviction_oracle import Belady, Trace
 from raymoe.inference.policies import DEFAULT_POLICY, POLICIES, PolicyFactory
 from raymoe.inference.predictors import TokenTable
@@ -132,9 +132,9 @@ def run(
     Raises:
         ValueError: as `raymoe trace` and `measure`.
     """
-    config, layers = _look_at(model)
-    text = _batches(model, config, data, 1, sequence_length, sequences, seed=0)
-    routes = record_routes(_load(model), text, sequences)
+    config, layers = look_at(model)
+    text = text_batches(model, config, data, 1, sequence_length, sequences, seed=0)
+    routes = record_routes(load_routed(model), text, sequences)
     num_experts = layers[0].num_experts
     rows = measure(
         routes.experts.permute(0, 2, 1, 3).numpy(), routes.tokens.numpy(), num_experts, batches, budgets, tokens

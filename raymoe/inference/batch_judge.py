@@ -9,6 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+_LEAST_SAVED = 0.5
+"""Experts a step: less is a share of a handful, and chance."""
+
 
 class BatchJudge:
     """Starts on probation; on while windows show a gain; off after two without one, for twice as long each time.
@@ -21,7 +24,7 @@ class BatchJudge:
         """Nothing is compared yet.
 
         Args:
-            margin: share of the cost that a window must save.
+            margin: share of the cost that a window must save, and at least half an expert a step: less is chance.
             window_steps: chosen batches that are compared at once; the first rest lasts as long.
             busy_share: if batches in order of arrival use that share of all experts, there is nothing to choose.
         """
@@ -89,14 +92,19 @@ class BatchJudge:
         }
         if dealt.mean() >= self._busy_share:
             self._turn_off(f"a batch uses {dealt.mean():.0%} of all experts in any order")
-        elif saved >= self._margin:
+        elif saved < self._margin:
+            self._fail(f"saved {saved:.1%} of the experts to fetch, less than {self._margin:.1%}")
+        elif plain - cost < _LEAST_SAVED * len(self._steps):
+            self._fail(f"saved {(plain - cost) / len(self._steps):.2f} experts a step, less than {_LEAST_SAVED:g}")
+        else:
             self.state, self.reason = "on", f"saves {saved:.1%} of the experts to fetch"
             self._failures = self._rests = 0
-        else:
-            self._failures += 1
-            self.reason = f"saved {saved:.1%} of the experts to fetch, less than {self._margin:.1%}"
-            if self._failures >= 2:
-                self._turn_off(self.reason)
+
+    def _fail(self, reason: str) -> None:
+        self._failures += 1
+        self.reason = reason
+        if self._failures >= 2:
+            self._turn_off(reason)
 
     def _turn_off(self, reason: str) -> None:
         self.state, self.reason = "off", reason

@@ -329,6 +329,16 @@ def test_what_is_resident_in_any_order_is_no_gain():
     assert judged.state == "off"
 
 
+def test_a_share_of_a_handful_is_no_gain():
+    """One change of topics in forty steps: of the little that is fetched at all, it saves a large share."""
+    judged = judge(window_steps=40)
+    for state in ("probing", "off"):
+        feed(judged, [[0, 4]] * 38 + [[5, 9]] * 2, residents=LAYERS * 3)
+        assert judged.state == state
+        assert judged.stats()["saved_share"] > 0.02
+        assert "experts a step, less than 0.5" in judged.reason
+
+
 def last_paths(capacity=8, **options):
     return LastPaths(LAYERS, 5, residents=lambda: np.zeros((LAYERS, 5), dtype=bool), capacity=capacity, **options)
 
