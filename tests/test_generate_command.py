@@ -84,7 +84,7 @@ def test_answers_are_those_of_transformers(folder, family, tmp_path):
     assert row["bytes_per_token"] == pytest.approx((row["prompt_bytes"] + row["decode_bytes"]) / num_tokens)
     assert row["experts_per_step"] * row["steps"] == pytest.approx(row["wanted_experts"])
     assert f"{row['hit_rate']:.1%}" in shown
-    assert "input      5/5" in shown
+    assert "input     5/5" in shown
     assert not list(tmp_path.rglob("*.partial"))
 
 

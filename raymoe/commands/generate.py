@@ -13,20 +13,17 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from raymoe.commands.progress import stage
+from raymoe.commands.progress import counted, stage
 from raymoe.inference.engine import DEFAULT_PREDICTORS
 from raymoe.inference.static_engine import Answer, StaticEngine, StaticInput
 from raymoe.inference.text import CONTEXT_TOKENS, TextStream, decoder
 from raymoe.telemetry import write_json
 from raymoe.training.data.files import JSONL_SUFFIXES, PARQUET_SUFFIXES, SourceFile, SourceFiles, find_files, read_rows
 from raymoe.training.tokenizer import load_tokenizer
-
-_LINES = 10
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ def generate(
         write = _Lines(tokenizer, inputs, is_continued=not engine.is_encoder_decoder)
         began_s = time.perf_counter()
         answers = engine.run(inputs, batch_size=batch, num_batches=unit, config=config)
-        with _written(out, console) as file, _progress(console, len(inputs)) as advance:
+        with _written(out, console) as file, counted(console, "answers", len(inputs), "input") as advance:
             for answer in answers:
                 write(file, answer)
                 advance()
@@ -196,33 +193,6 @@ def _written(out: Path, console: Console) -> Iterator[TextIO]:
             partial.unlink()
         raise
     os.replace(partial, out)
-
-
-@contextmanager
-def _progress(console: Console, total: int) -> Iterator[Any]:
-    """A bar; on a console that is no terminal, a line now and then."""
-    bar = Progress(
-        TextColumn("[bold]answers    [/bold]"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    every = -(-total // _LINES)
-    done = 0
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        bar.advance(task)
-        if not console.is_terminal and (done % every == 0 or done == total):
-            console.print(f"input {done:>6}/{total}", highlight=False)
-
-    with bar:
-        task = bar.add_task("answers", total=total)
-        yield advance
 
 
 def _row(engine: StaticEngine, elapsed_s: float) -> dict[str, Any]:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from raymoe.commands.progress import stage
+from raymoe.commands.progress import counted, stage
 from raymoe.commands.traced_model import load_routed, look_at, text_batches
 from raymoe.inference.predictors.path_model import (
     FACTS_FILE,
@@ -35,7 +32,6 @@ from raymoe.telemetry import write_json
 from raymoe.training.batches import Batches
 
 _RECORDED_AT_ONCE = 8
-_LINES = 10
 _COLUMNS = ("recall@k", "recall@1.5k", "recall@2k", "precision@k", "precision@1.5k", "precision@2k", "byte_recall@k")
 
 
@@ -99,9 +95,15 @@ def train_predictor(
             f"{routes.tokens.numel():,} tokens x {shape.num_layers} layers x {shape.top_k} of {shape.num_experts} experts"
         )
     train, held = routes.split()
-    with _progress(console, steps) as advance:
+    with counted(console, "training", steps) as advance:
         network = train_path_network(
-            train, shape, steps=steps, batch=batch, learning_rate=learning_rate, seed=seed, on_step=advance
+            train,
+            shape,
+            steps=steps,
+            batch=batch,
+            learning_rate=learning_rate,
+            seed=seed,
+            on_step=lambda _, loss: advance(f"loss {loss:.3f}"),
         )
     itemsize = torch.empty((), dtype=getattr(text_config, "dtype", None) or torch.float32).element_size()
     expert_bytes = [layer.layout.numel * itemsize for layer in layers]
@@ -134,32 +136,6 @@ def record_routes(network: PreTrainedModel, batches: Batches, sequences: int) ->
             chosen = torch.stack(recorder.take(), dim=1)
             experts.append(chosen.unflatten(0, part.shape).to("cpu", torch.int16))
     return RecordedRoutes(tokens.clone(), torch.cat(experts).clone())
-
-
-@contextmanager
-def _progress(console: Console, steps: int) -> Iterator[Any]:
-    """A bar with the loss; on a console that is no terminal, a line now and then."""
-    bar = Progress(
-        TextColumn("[bold]training   [/bold]"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    every = -(-steps // _LINES)
-
-    def advance(step: int, loss: float) -> None:
-        text = f"loss {loss:.3f}"
-        bar.update(task, advance=1, loss=text)
-        if not console.is_terminal and ((step + 1) % every == 0 or step + 1 == steps):
-            console.print(f"step {step + 1:>5}/{steps}  {text}", highlight=False)
-
-    with bar:
-        task = bar.add_task("training", total=steps, loss="")
-        yield advance
 
 
 def _print_table(rows: list[dict[str, Any]], console: Console) -> None:

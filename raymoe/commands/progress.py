@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:  # what only reads or plans needs no Ray
     from raymoe.actors import StepSummary
 
 _LINES = 20
+_COUNTED_LINES = 10
 _RECENT_STEPS = 50
 
 
@@ -36,6 +37,34 @@ def stage(console: Console, name: str) -> Iterator[Callable[[str], None]]:
     console.print(
         f"[bold]{name:<11}[/bold] {outcome} [dim]({time.perf_counter() - started:.1f} s)[/dim]", highlight=False
     )
+
+
+@contextmanager
+def counted(console: Console, title: str, total: int, unit: str = "step") -> Iterator[Callable[..., None]]:
+    """A bar that `advance(text="")` moves by one; on a console that is no terminal, ten lines in all."""
+    bar = Progress(
+        TextColumn(f"[bold]{title:<11}[/bold]"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    every = -(-total // _COUNTED_LINES)
+    done = 0
+
+    def advance(text: str = "") -> None:
+        nonlocal done
+        done += 1
+        bar.update(task, advance=1, text=text)
+        if not console.is_terminal and (done % every == 0 or done == total):
+            console.print(f"{unit} {done:>5}/{total}  {text}".rstrip(), highlight=False)
+
+    with bar:
+        task = bar.add_task(title, total=total, text="")
+        yield advance
 
 
 class TrainingProgress:

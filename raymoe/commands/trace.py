@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from raymoe.commands.progress import stage
+from raymoe.commands.progress import counted, stage
 from raymoe.commands.traced_model import load_routed, look_at, text_batches
 from raymoe.models.record import RoutingRecorder
 from raymoe.placement.statistics import trace_statistics
@@ -35,7 +32,6 @@ _COLUMNS = {
     "drift": ("drift", ".3f"),
     "rank_distance": ("ranks", ".3f"),
 }
-_LINES = 10
 
 
 def trace(
@@ -104,7 +100,7 @@ def statistics_rows(counts: LoadTrace) -> list[dict[str, Any]]:
 
 @torch.inference_mode()
 def _record(network: PreTrainedModel, batches: Batches, output: Path, ranks: int, steps: int, console: Console) -> None:
-    with RoutingRecorder(network) as recorder, _progress(console, steps) as advance:
+    with RoutingRecorder(network) as recorder, counted(console, "routing", steps) as advance:
         first = recorder.layers[0]
         with TraceWriter(output, len(recorder.layers), first.num_experts, choices=first.top_k) as writer:
             for step in range(steps):
@@ -114,31 +110,7 @@ def _record(network: PreTrainedModel, batches: Batches, output: Path, ranks: int
                     inputs = rank_slice(sequences, rank, ranks).tokens[:, :-1]
                     network.base_model(input_ids=inputs.to(network.device), use_cache=False)
                     writer.append(step, recorder.take_counts().numpy(), rank=rank)
-                advance(step)
-
-
-@contextmanager
-def _progress(console: Console, steps: int) -> Iterator[Any]:
-    """A bar; on a console that is no terminal, a line now and then."""
-    bar = Progress(
-        TextColumn("[bold]routing    [/bold]"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    every = -(-steps // _LINES)
-
-    def advance(step: int) -> None:
-        bar.advance(task)
-        if not console.is_terminal and ((step + 1) % every == 0 or step + 1 == steps):
-            console.print(f"step {step + 1:>5}/{steps}", highlight=False)
-
-    with bar:
-        task = bar.add_task("routing", total=steps)
-        yield advance
+                advance()
 
 
 def _print_table(rows: list[dict[str, Any]], ranks: int, console: Console) -> None:
