@@ -105,8 +105,13 @@ def test_off_until_a_probe_shows_a_gain():
 
 
 def test_a_probe_without_a_gain_ends():
-    assert states([EVEN, EVEN, EVEN, EVEN]) == ["probe", "probe", "off", "probe"]
+    assert states([EVEN] * 7) == ["probe", "probe", "off", "off", "off", "off", "probe"]
     assert states([EVEN, SLOWER, FASTER]) == ["probe", "probe", "on"]
+
+
+def test_one_window_that_is_far_worse_ends_a_probe():
+    assert states([EVEN, WindowCost(50.0, 1.2)]) == ["probe", "off"]
+    assert states([EVEN, WindowCost(200.0, 1.0)]) == ["probe", "probe"]
 
 
 @pytest.mark.parametrize("worse", [SLOWER, FATTER])
@@ -116,14 +121,14 @@ def test_worse_twice_in_a_row_ends_it(worse):
 
 def test_each_time_off_is_twice_as_long():
     judge, run, runs = Judge(), 0, []
-    for _ in range(60):
+    for _ in range(80):
         was_on = judge.is_on
         if not judge.window(SLOWER if was_on else EVEN, EVEN):
             run += 1
         elif run:
             runs.append(run)
             run = 0
-    assert runs == [1, 2, 4, 8, 16]
+    assert runs == [4, 8, 16, 32]
 
 
 def test_the_decision_can_be_read():
@@ -142,7 +147,9 @@ def test_where_everything_is_resident_there_is_nothing_to_gain():
     for live in (nothing, nothing, nothing):
         judge.window(live, nothing)
     assert not judge.is_on
-    judge.window(nothing, nothing)
+    for _ in range(4):
+        judge.window(nothing, nothing)
+    assert judge.is_on
     judge.window(WindowCost(1.0, 0.0), nothing)
     assert judge.report()["windows_against"] == 1
 

@@ -13,6 +13,9 @@ State = Literal["off", "probe", "on"]
 
 _MAX_EXPONENT = 10
 _PATIENCE = 2
+_FIRST_REST = 4
+_FAR = 5
+"""Margins by which a single window is enough."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ class WindowCost:
 class Judge:
     """Decides for one predictor, or for all together, whether it may act in the next window.
 
-    off -> after its windows are over: probe. probe -> better: on; twice not better: off. on -> twice in a row worse: off. Each
-    time it goes off it stays so twice as long as the last time: 2^n windows, n up to 10; a gain in a probe halves that.
+    off -> after its windows are over: probe. probe -> better: on; far worse, or twice not better: off. on -> twice in a row worse:
+    off. Each time it goes off it stays so twice as long as the last time: 4 * 2^n windows, n up to 10; a gain in a probe halves
+    that. A probe costs what it costs, so that it may be one window of five at the most.
     """
 
     def __init__(self, *, margin: float = 0.02):
@@ -82,13 +86,13 @@ class Judge:
             case "probe" if verdict == "better":
                 self._exponent = max(self._exponent - 1, 0)
                 self._enter("on", why)
+            case "probe" if verdict == "worse" and self._is_far_worse(live, ghost):
+                self._end(why)
             case "probe" | "on":
                 no_good = verdict == "worse" or (verdict == "even" and self._state == "probe")
                 self._against = self._against + 1 if no_good else 0
                 if self._against >= _PATIENCE:
-                    self._windows_left = 2**self._exponent
-                    self._exponent = min(self._exponent + 1, _MAX_EXPONENT)
-                    self._enter("off", why)
+                    self._end(why)
                 elif self._state == "on":
                     self._reason = why
         return self.is_on
@@ -108,6 +112,14 @@ class Judge:
 
     def _enter(self, state: State, reason: str) -> None:
         self._state, self._reason, self._against = state, reason, 0
+
+    def _end(self, reason: str) -> None:
+        self._windows_left = _FIRST_REST * 2**self._exponent
+        self._exponent = min(self._exponent + 1, _MAX_EXPONENT)
+        self._enter("off", reason)
+
+    def _is_far_worse(self, live: WindowCost, ghost: WindowCost) -> bool:
+        return live.stall_s_per_token > (1.0 + _FAR * self._margin) * ghost.stall_s_per_token
 
     def _compare(self, live: WindowCost, ghost: WindowCost) -> tuple[Verdict, str]:
         stall, stall_text = self._differ("stall", live.stall_s_per_token, ghost.stall_s_per_token)
