@@ -54,7 +54,7 @@ class Foresight:
     Nothing is believed unseen. Each predictor is judged by window against demand-only caching on the same ids: by the seconds
     of fetching that heeding it would have saved, less those that it would have wasted and those that it took to answer. All
     together are judged by what the cache did: bytes and stall a token, against a ghost of the same slots and policy that fetches
-    on demand only. Who does not pay is not asked for 1, 2, 4.. windows, and then tried again.
+    on demand only. Who does not pay is not asked for 4, 8, 16.. windows, and then tried again.
     """
 
     def __init__(
