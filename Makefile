@@ -10,8 +10,9 @@ WHEEL := build/wheel
 demo: $(VENV)/.installed
 	$(BIN)/raymoe demo
 
+# two tests at once; a file's tests stay together, as they share clusters
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

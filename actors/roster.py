@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,9 +19,17 @@ from raymoe.config import TrainConfig
 from raymoe.training.job import TrainJob
 from raymoe.training.placing import PlanMismatch
 
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_ARENA_MAX": "1"}
-"""glibc's settings for workers on CPUs. By its own it gives large blocks back to the kernel at once, and they are faulted in
-page by page in every step anew, which took up to half of an expert's backward pass."""
+KEEP_FREED_MEMORY = {
+    # Ray brings it; where it lies elsewhere the loader warns and glibc's own serves, with the settings after it
+    "LD_PRELOAD": str(Path(ray.__file__).parent / "core" / "libjemalloc.so"),
+    "MALLOC_CONF": "narenas:1,oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:0,thp:always",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_ARENA_MAX": "1",
+}
+"""Allocator of workers on CPUs: jemalloc, told to keep what is freed. glibc by its own gives large blocks back to the kernel at
+once, and they are faulted in page by page in every step anew, which took up to half of an expert's backward pass; told to keep
+them, it cuts its heap up where sizes differ from step to step, and faults in more of it."""
 
 
 class Roster:

@@ -62,6 +62,9 @@ RIVALS: dict[str, Rival] = {
     "transformers-ep": Rival(
         "ep", "expert parallelism by all-to-all, the rest fully_shard", ("torch", "transformers", "accelerate")
     ),
+    "deepspeed-ep": Rival(
+        "deepspeed", "AutoEP over ZeRO-1, experts by all-to-all", ("torch", "transformers", "deepspeed")
+    ),
     "accelerate": Rival(
         "accelerate", "data parallel under autocast, experts in fp32", ("torch", "transformers", "accelerate")
     ),

@@ -14,7 +14,7 @@ from tests.test_cli import EXAMPLE, TINY
 
 REPOSITORY = Path(__file__).parents[1]
 # rivals that a benchmark measures where somebody has installed them
-RIVALS = {"liger_kernel", "moe_ops"}
+RIVALS = {"liger_kernel", "moe_ops", "deepspeed"}
 
 
 def run(*command: str | Path, cwd: Path) -> str:

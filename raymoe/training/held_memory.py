@@ -1,10 +1,12 @@
-"""Memory of a CPU worker that the C library holds back for the next step.
+"""Memory of a CPU worker that its allocator holds back for the next step.
 
-Workers run with glibc told never to give memory back (`raymoe.actors.roster.KEEP_FREED_MEMORY`): faulting it in anew took up to
-half of a step. Where sizes differ from step to step the heap is cut up and grows; then it is given back once, and held anew.
+Workers run with an allocator told never to give memory back (`raymoe.actors.roster.KEEP_FREED_MEMORY`): faulting it in anew took
+up to half of a step. Where sizes differ from step to step the heap may be cut up and grow; then it is given back once, and held
+anew.
 """
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 
 _GROWTH = 1.5
@@ -25,22 +27,30 @@ class HeldMemory:
     def __init__(self, growth: float = _GROWTH):
         self._growth = growth
         self._first: int | None = None
-        self.num_trims = 0
+        self.num_returns = 0
         """How often memory was given back."""
-        try:
-            self._trim = ctypes.CDLL("libc.so.6").malloc_trim
-        except (OSError, AttributeError):  # another C library
-            self._trim = None
+        self._give_back = _giver_back()
 
     def after_step(self) -> None:
         """Gives free memory back to the kernel if there has come to be too much of it."""
-        if self._trim is None:
+        if self._give_back is None:
             return
         resident = resident_bytes()
         if self._first is None:
             self._first = resident
         elif resident > self._growth * self._first:
-            self._trim(0)
-            self.num_trims += 1
+            self._give_back()
+            self.num_returns += 1
             # the next step says how much is needed by now
             self._first = None
+
+
+def _giver_back() -> Callable[[], object] | None:
+    """The way of this process's allocator, jemalloc or glibc's own, to give free memory back; None for another C library."""
+    process = ctypes.CDLL(None)
+    if hasattr(process, "mallctl"):
+        # 4096 stands for all arenas
+        return lambda: process.mallctl(b"arena.4096.purge", None, None, None, ctypes.c_size_t(0))
+    if hasattr(process, "malloc_trim"):
+        return lambda: process.malloc_trim(0)
+    return None

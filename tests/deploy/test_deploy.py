@@ -32,7 +32,7 @@ def test_the_serve_config_is_what_serve_and_raymoe_take(tmp_path):
     assert ServeConfig.model_validate(application.args | {"model": tmp_path}).expert_memory == "50%"
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(500)
 def test_ray_job_submit_trains_and_serve_run_serves(tmp_path):
     (tmp_path / "text.txt").write_text("\n\n".join(f"the {i}th line says {i % 7} times seven" for i in range(900)))
     output = tmp_path / "run"
@@ -44,7 +44,7 @@ def test_ray_job_submit_trains_and_serve_run_serves(tmp_path):
             [*map(str, job), *train, f"data.source={tmp_path / 'text.txt'}"],
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=280,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "step     3/3  loss " in done.stdout

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raymoe.inference import tier_rate
 from raymoe.inference import tiers as module
 from raymoe.inference.tier_rate import TierRate, fit, measure
 from raymoe.inference.tiers import CheckpointTier, NotHeld, TierError, Tiers
@@ -20,8 +21,8 @@ LAYERS, EXPERTS, NUMEL = 3, 4, 16
 class Memory:
     """Expert e of layer l is full of 100 l + e, but for those that it does not hold or cannot deliver."""
 
-    def __init__(self, held=None, error=None, bytes_per_s=None):
-        self.held, self.error, self.bytes_per_s = held, error, bytes_per_s
+    def __init__(self, held=None, error=None, bytes_per_s=None, sleep=time.sleep):
+        self.held, self.error, self.bytes_per_s, self.sleep = held, error, bytes_per_s, sleep
         self.asked = []
 
     def read(self, layer, expert, out):
@@ -32,7 +33,7 @@ class Memory:
             out.fill_(-1)
             raise self.error
         if self.bytes_per_s:
-            time.sleep(0.002 + out.nbytes / self.bytes_per_s)
+            self.sleep(0.002 + out.nbytes / self.bytes_per_s)
         out.fill_(100 * layer + expert)
         return out.nbytes
 
@@ -134,15 +135,20 @@ def test_sizes_that_cannot_be_told_apart_give_no_latency():
     assert fit({1000: [0.1], 2000: [0.1]}) == TierRate(2e4, 0.0, 2)
 
 
-def test_a_source_is_measured_in_a_bounded_time():
+def test_a_source_is_measured_in_a_bounded_time(monkeypatch):
+    now_s = 0.0
+
+    def sleep(seconds):
+        nonlocal now_s
+        now_s += seconds
+
+    monkeypatch.setattr(tier_rate.time, "perf_counter", lambda: now_s)
     numel = [2_000, 20_000, 20_000]
-    begin_s = time.perf_counter()
-    rate = measure(Memory(bytes_per_s=20e6), numel, [500] * 3, torch.float32, limit_s=0.15)
-    assert time.perf_counter() - begin_s < 0.6
-    # it sleeps 2 ms a read and 1 s for each 20 MB; sleeping takes longer than asked for on a busy machine
-    assert 5e6 < rate.bytes_per_s < 21e6
-    assert rate.latency_s < 0.02
-    assert rate.reads > 3
+    rate = measure(Memory(bytes_per_s=20e6, sleep=sleep), numel, [500] * 3, torch.float32, limit_s=0.15)
+    assert rate == pytest.approx((20e6, 0.002, rate.reads))
+    # the longest read takes 6 ms
+    assert 0.15 <= now_s < 0.156
+    assert rate.reads > 20
 
 
 def test_every_tier_is_measured_or_says_why_not(caplog):
