@@ -54,11 +54,11 @@ class ExpertWorker:
     with another number takes its place.
     """
 
-    def __init__(self, member: int, job: TrainJob):
+    def __init__(self, run: str, member: int, job: TrainJob):
         logging.basicConfig(level=env.log_level())
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
         export_metrics()
-        self._member, self._job = member, job
+        self._member, self._job, self._run = member, job, run
         self._node: str = ray.get_runtime_context().get_node_id()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._trainer: Trainer | None = None
@@ -252,7 +252,7 @@ class ExpertWorker:
     def _train(self, until: int, controller: ActorHandle, keeps_records: bool) -> Outcome:
         job, trainer = self._job, self._running
         rank, epoch = trainer.world.rank, self._epoch
-        with StepRecords(job, trainer, epoch, is_kept=keeps_records) as records:
+        with StepRecords(job, trainer, self._run, epoch, is_kept=keeps_records) as records:
             try:
                 if self._snapshots.agreed is None and trainer.placing.publications.applied.snapshot_every:
                     # what the dead kept for the living is gone, and who is new has nothing yet

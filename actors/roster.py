@@ -22,12 +22,11 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 <<
 """glibc's settings for workers on CPUs. By its own it gives large blocks back to the kernel at once, and they are faulted in
 page by page in every step anew, which took up to half of an expert's backward pass."""
 
-
 class Roster:
     """The workers of the run `run` by their member numbers. They outlive whoever made them; `end` is what ends them."""
 
     def __init__(self, job: TrainJob, run: str):
-        self._job, self._prefix = job, f"{run}/expert-worker-"
+        self._job, self._run, self._prefix = job, run, f"{run}/expert-worker-"
         self._handles: dict[int, ActorHandle] = {}
         self._next = 0
 
@@ -55,7 +54,7 @@ class Roster:
             num_gpus=config.worker_gpus,
             runtime_env={"env_vars": worker_env(config)},
             **where,
-        ).remote(member, self._job)
+        ).remote(self._run, member, self._job)
         return member
 
     def find(self) -> list[int]:
