@@ -2,7 +2,6 @@
 
 import logging
 import os
-import tempfile
 import threading
 import time
 from collections import deque
@@ -90,14 +89,13 @@ class ExpertWorker:
             share: workers that a batch is split over.
         """
         self._phase = "preparing"
-        with tempfile.TemporaryDirectory() as folder:
-            timeout_s = self._job.config.worker_timeout_s
-            world = join_world(f"file://{folder}/alone", 0, 1, timeout_s, self._device, self._node)
-            self._trainer = self._job.rehearsing_trainer(world, share)
-            self._trainer.step(0)
-            # what it rehearsed with was a part
-            self._trainer.batch = self._job.batches()
-            leave_world()
+        timeout_s = self._job.config.worker_timeout_s
+        world = join_world(free_address(), 0, 1, timeout_s, self._device, self._node)
+        self._trainer = self._job.rehearsing_trainer(world, share)
+        self._trainer.step(0)
+        # what it rehearsed with was a part
+        self._trainer.batch = self._job.batches()
+        leave_world()
         self._phase = "ready"
 
     def enter(self, order: EpochOrder) -> WorkerFacts:
