@@ -17,7 +17,7 @@ from raymoe.actors.elastic_log import ElasticLog
 from raymoe.actors.forming import EnterFailed, Forming
 from raymoe.actors.orders import EpochOrder, Outcome, WorkerFacts, WorkerState
 from raymoe.actors.recruiting import Recruiting, room
-from raymoe.actors.roster import Roster, answers, explain, is_death, reason
+from raymoe.actors.roster import DIED, Roster, answers, explain, is_death, reason
 from raymoe.actors.step_book import StepBook
 from raymoe.actors.watching import Watching
 from raymoe.actors.wishes import Wishes
@@ -239,7 +239,7 @@ class EpochKeeper:
         while True:
             for member, why in dead.items():
                 self._log.add("death", self._book.next_step, f"worker {member} {why}", worker=member)
-                self._roster.dismiss(member, self.states.get(member))
+                self._roster.dismiss(member, None if why.startswith(DIED) else self.states.get(member))
             living = [member for member in living if member not in dead]
             joining: list[int] = []
             try:

@@ -5,11 +5,13 @@ import signal
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raymoe.actors.expert_worker import ExpertWorker
 from raymoe.actors.orders import WorkerState
@@ -21,6 +23,18 @@ from raymoe.training.placing import PlanMismatch
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_ARENA_MAX": "1"}
 """glibc's settings for workers on CPUs. By its own it gives large blocks back to the kernel at once, and they are faulted in
 page by page in every step anew, which took up to half of an expert's backward pass."""
+
+DIED = "died"
+"""How `reason` begins where Ray has seen the process end."""
+
+
+@ray.remote(num_cpus=0)
+def _kill_process(pid: int) -> None:
+    """Ends a worker's process on this node."""
+    with suppress(OSError):  # it is gone
+        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::ExpertWorker"):
+            os.kill(pid, signal.SIGKILL)
+
 
 class Roster:
     """The workers of the run `run` by their member numbers. They outlive whoever made them; `end` is what ends them."""
@@ -75,15 +89,15 @@ class Roster:
         """Ends a worker.
 
         Args:
-            state: of a worker that does not answer: a stopped process on this node is killed from outside.
+            state: of a worker that does not answer: a stopped process cannot end itself, and is killed by another on its node.
         """
         handle = self._handles.pop(member, None)
         if handle is None:
             return
         ray.kill(handle)
-        if state is not None and state.node == ray.get_runtime_context().get_node_id():
-            with suppress(ProcessLookupError):
-                os.kill(state.pid, signal.SIGKILL)
+        if state is not None:
+            there = NodeAffinitySchedulingStrategy(state.node, soft=False)
+            _kill_process.options(scheduling_strategy=there).remote(state.pid)
 
     def end(self) -> None:
         """Ends all workers."""
@@ -124,7 +138,7 @@ def is_death(error: RayError) -> bool:
 def reason(error: RayError) -> str:
     """What happened to a worker, to be said behind its name."""
     if is_death(error):
-        return f"died: {' '.join(str(error).split())}"
+        return f"{DIED}: {' '.join(str(error).split())}"
     cause = error.cause if isinstance(error, RayTaskError) else error
     return f"failed: {type(cause).__name__}: {' '.join(str(cause).split())}"
 
