@@ -6,6 +6,7 @@ a worker is gone (all go back to the last snapshot that the living hold together
 
 import logging
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -209,7 +210,7 @@ class EpochKeeper:
         try:
             following = self._forming.change(order, staying, joining)
         except EnterFailed as failed:
-            return self._recover(order, failed.dead)
+            return self._recover(order, failed.dead, joining)
         for member in leaving:
             self._roster.dismiss(member)
         return self._at_least(following)
@@ -232,10 +233,14 @@ class EpochKeeper:
             )
         return self._recover(order, end.dead)
 
-    def _recover(self, order: EpochOrder, dead: dict[int, str]) -> EpochOrder:
-        """The living go on from what they hold together."""
+    def _recover(self, order: EpochOrder, dead: dict[int, str], joined: Iterable[int] = ()) -> EpochOrder:
+        """The living go on from what they hold together.
+
+        Args:
+            joined: those who were on their way into the epoch that did not come about.
+        """
         self._lost_until = self._book.next_step
-        living = list(order.members)
+        living = [*order.members, *joined]
         while True:
             for member, why in dead.items():
                 self._log.add("death", self._book.next_step, f"worker {member} {why}", worker=member)
@@ -258,7 +263,7 @@ class EpochKeeper:
         try:
             return self._forming.change(order, list(order.members), joining)
         except EnterFailed as failed:
-            return self._recover(order, failed.dead)
+            return self._recover(order, failed.dead, joining)
 
     def _staffed(self, living: list[int]) -> list[int]:
         """Workers that join the living at once; waits until they are enough together."""
