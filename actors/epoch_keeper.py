@@ -33,6 +33,7 @@ _ALONE_S = 0.2
 _GRACE_S = 3.0
 """From the first sign that an epoch is broken to when a worker that has said nothing counts as dead."""
 _FRUITLESS_EPOCHS = 3
+_ALL_LOST = "the controller and all workers died together"
 
 
 @dataclass
@@ -123,8 +124,10 @@ class EpochKeeper:
     def _first(self) -> EpochOrder:
         self._recruiting.ask_for_capacity(self.wishes.most)
         wanted = max(self.wishes.least, min(self.wishes.most, room(self._job.config)))
+        # before workers are asked for: with nothing to go on from there is no use in them
+        resumes = self._forming.newest_checkpoint(_ALL_LOST) if self.wishes.until else self._job.resumes
         members = [self._roster.hire() for _ in range(wanted)]
-        return self._forming.first(members, self._job.config.worker_timeout_s)
+        return self._forming.first(members, self._job.config.worker_timeout_s, resumes)
 
     # one epoch
 
