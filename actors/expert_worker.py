@@ -17,7 +17,7 @@ from ray.actor import ActorHandle
 from raymoe import env
 from raymoe.actors.metrics import export_metrics
 from raymoe.actors.orders import EpochOrder, Outcome, Phase, WorkerFacts, WorkerState
-from raymoe.actors.session import free_address
+from raymoe.actors.session import free_address, use_nodes_interface
 from raymoe.actors.step_records import StepRecords
 from raymoe.models import CheckpointWriter
 from raymoe.training.data.prepare import TOKENIZER_FOLDER
@@ -57,6 +57,7 @@ class ExpertWorker:
         logging.basicConfig(level=env.log_level())
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
         export_metrics()
+        use_nodes_interface()
         self._member, self._job, self._run = member, job, run
         self._node: str = ray.get_runtime_context().get_node_id()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
