@@ -107,9 +107,9 @@ class PlacementController:
 
     @ray.method(concurrency_group="control")
     def members(self) -> list[ActorHandle]:
-        """The workers of the epoch in force, in the order of their ranks."""
+        """The workers of the epoch in force that there still are, in the order of their ranks."""
         order = self._keeper.order
-        return [] if order is None else [self._roster[member] for member in order.members]
+        return [] if order is None else list(self._roster.handles(order.members).values())
 
     @ray.method(concurrency_group="control")
     def publish(self, changes: dict[str, Any]) -> None:

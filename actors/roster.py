@@ -44,8 +44,10 @@ class Roster:
         self._handles: dict[int, ActorHandle] = {}
         self._next = 0
 
-    def __getitem__(self, member: int) -> ActorHandle:
-        return self._handles[member]
+    def handles(self, members: Iterable[int]) -> dict[int, ActorHandle]:
+        """Of those workers that there are, in that order; one may be ended meanwhile by another thread."""
+        found = {member: self._handles.get(member) for member in members}
+        return {member: handle for member, handle in found.items() if handle is not None}
 
     def __contains__(self, member: int) -> bool:
         return member in self._handles
@@ -82,8 +84,7 @@ class Roster:
 
     def call(self, members: Iterable[int], method: str, *args: Any) -> dict[ray.ObjectRef, int]:
         """Calls a method of those workers that there are; returns whose each answer will be."""
-        there = [member for member in members if member in self._handles]
-        return {getattr(self._handles[member], method).remote(*args): member for member in there}
+        return {getattr(handle, method).remote(*args): member for member, handle in self.handles(members).items()}
 
     def dismiss(self, member: int, state: WorkerState | None = None) -> None:
         """Ends a worker.

@@ -43,7 +43,7 @@ OVER = 0.8
 """How often it is waited until the run has got over an event before the next one."""
 SOAK = ELASTIC | {
     "workers": {"min": 1, "max": NUM_NODES},
-    "heartbeat_s": 5,
+    "heartbeat_s": 10,
     "batch": 12,
 }
 
@@ -119,7 +119,7 @@ class Storm:
         ray.kill(self._group.controller, no_restart=False)
 
     def _scale(self) -> None:
-        self._group.scale(self._rng.randint(1, NUM_NODES))
+        self._group.scale(self._rng.randint(2, NUM_NODES))
 
     def _drain(self) -> None:
         """A notice, and the node is taken away when its time has come, whoever may be left there."""
