@@ -83,11 +83,11 @@ def set_nodes(cluster: Cluster, number: int) -> None:
     cluster.wait_for_nodes()
 
 
-def raymoe(cluster: Cluster, *arguments: str) -> str:
+def raymoe(cluster: Cluster, *arguments: str, timeout_s: float = PATIENCE_S) -> str:
     """What the command prints, in a process of its own."""
     command = [sys.executable, "-m", "raymoe", *arguments]
     env = os.environ | {"RAY_ADDRESS": cluster.address, "COLUMNS": "160"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

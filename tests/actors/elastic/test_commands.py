@@ -92,7 +92,7 @@ def test_a_run_that_is_watched_changed_killed_and_resumed(cluster, tmp_path, und
     assert newest is not None
     goes_on = int(newest.name.partition("-")[2])
     assert 0 <= done - goes_on < done
-    raymoe(cluster, "train", str(config), "--resume", f"steps={goes_on + MORE}")
+    raymoe(cluster, "train", str(config), "--resume", f"steps={goes_on + MORE}", timeout_s=2 * PATIENCE_S)
     after = logged(tmp_path)
     assert sorted(after) == list(range(max(max(before) + 1, goes_on + MORE)))
     losses = undisturbed.losses(len(after))
