@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WHEEL := build/wheel
 
-.PHONY: demo test lint test-slow bench lock clean
+.PHONY: demo test lint test-slow soak bench lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/raymoe demo
@@ -25,6 +25,10 @@ lint: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# RAYMOE_SOAK_S seconds (900), RAYMOE_TEST_SEED another schedule
+soak: $(VENV)/.installed-dev
+	RAYMOE_SOAK_RESULT=benchmarks/results/elastic_soak.md $(BIN)/python -m pytest -s -m soak tests/actors/elastic
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m raymoe.benchmarks.first_light

@@ -6,6 +6,7 @@ a worker is gone (all go back to the last snapshot that the living hold together
 
 import logging
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from raymoe.actors.elastic_log import ElasticLog
 from raymoe.actors.forming import EnterFailed, Forming
 from raymoe.actors.orders import EpochOrder, Outcome, WorkerFacts, WorkerState
 from raymoe.actors.recruiting import Recruiting, room
-from raymoe.actors.roster import Roster, answers, explain, is_death, reason
+from raymoe.actors.roster import DIED, Roster, answers, explain, is_death, reason
 from raymoe.actors.step_book import StepBook
 from raymoe.actors.watching import Watching
 from raymoe.actors.wishes import Wishes
@@ -32,6 +33,7 @@ _ALONE_S = 0.2
 _GRACE_S = 3.0
 """From the first sign that an epoch is broken to when a worker that has said nothing counts as dead."""
 _FRUITLESS_EPOCHS = 3
+_ALL_LOST = "the controller and all workers died together"
 
 
 @dataclass
@@ -122,8 +124,10 @@ class EpochKeeper:
     def _first(self) -> EpochOrder:
         self._recruiting.ask_for_capacity(self.wishes.most)
         wanted = max(self.wishes.least, min(self.wishes.most, room(self._job.config)))
+        # before workers are asked for: with nothing to go on from there is no use in them
+        resumes = self._forming.newest_checkpoint(_ALL_LOST) if self.wishes.until else self._job.resumes
         members = [self._roster.hire() for _ in range(wanted)]
-        return self._forming.first(members, self._job.config.worker_timeout_s)
+        return self._forming.first(members, self._job.config.worker_timeout_s, resumes)
 
     # one epoch
 
@@ -209,7 +213,7 @@ class EpochKeeper:
         try:
             following = self._forming.change(order, staying, joining)
         except EnterFailed as failed:
-            return self._recover(order, failed.dead)
+            return self._recover(order, failed.dead, joining)
         for member in leaving:
             self._roster.dismiss(member)
         return self._at_least(following)
@@ -232,14 +236,18 @@ class EpochKeeper:
             )
         return self._recover(order, end.dead)
 
-    def _recover(self, order: EpochOrder, dead: dict[int, str]) -> EpochOrder:
-        """The living go on from what they hold together."""
+    def _recover(self, order: EpochOrder, dead: dict[int, str], joined: Iterable[int] = ()) -> EpochOrder:
+        """The living go on from what they hold together.
+
+        Args:
+            joined: those who were on their way into the epoch that did not come about.
+        """
         self._lost_until = self._book.next_step
-        living = list(order.members)
+        living = [*order.members, *joined]
         while True:
             for member, why in dead.items():
                 self._log.add("death", self._book.next_step, f"worker {member} {why}", worker=member)
-                self._roster.dismiss(member, self.states.get(member))
+                self._roster.dismiss(member, None if why.startswith(DIED) else self.states.get(member))
             living = [member for member in living if member not in dead]
             joining: list[int] = []
             try:
@@ -258,7 +266,7 @@ class EpochKeeper:
         try:
             return self._forming.change(order, list(order.members), joining)
         except EnterFailed as failed:
-            return self._recover(order, failed.dead)
+            return self._recover(order, failed.dead, joining)
 
     def _staffed(self, living: list[int]) -> list[int]:
         """Workers that join the living at once; waits until they are enough together."""

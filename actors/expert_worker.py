@@ -2,7 +2,6 @@
 
 import logging
 import os
-import tempfile
 import threading
 import time
 from collections import deque
@@ -18,7 +17,7 @@ from ray.actor import ActorHandle
 from raymoe import env
 from raymoe.actors.metrics import export_metrics
 from raymoe.actors.orders import EpochOrder, Outcome, Phase, WorkerFacts, WorkerState
-from raymoe.actors.session import free_address
+from raymoe.actors.session import free_address, use_nodes_interface
 from raymoe.actors.step_records import StepRecords
 from raymoe.models import CheckpointWriter
 from raymoe.training.data.prepare import TOKENIZER_FOLDER
@@ -54,11 +53,12 @@ class ExpertWorker:
     with another number takes its place.
     """
 
-    def __init__(self, member: int, job: TrainJob):
+    def __init__(self, run: str, member: int, job: TrainJob):
         logging.basicConfig(level=env.log_level())
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
         export_metrics()
-        self._member, self._job = member, job
+        use_nodes_interface()
+        self._member, self._job, self._run = member, job, run
         self._node: str = ray.get_runtime_context().get_node_id()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._trainer: Trainer | None = None
@@ -90,14 +90,13 @@ class ExpertWorker:
             share: workers that a batch is split over.
         """
         self._phase = "preparing"
-        with tempfile.TemporaryDirectory() as folder:
-            timeout_s = self._job.config.worker_timeout_s
-            world = join_world(f"file://{folder}/alone", 0, 1, timeout_s, self._device, self._node)
-            self._trainer = self._job.rehearsing_trainer(world, share)
-            self._trainer.step(0)
-            # what it rehearsed with was a part
-            self._trainer.batch = self._job.batches()
-            leave_world()
+        timeout_s = self._job.config.worker_timeout_s
+        world = join_world(free_address(), 0, 1, timeout_s, self._device, self._node)
+        self._trainer = self._job.rehearsing_trainer(world, share)
+        self._trainer.step(0)
+        # what it rehearsed with was a part
+        self._trainer.batch = self._job.batches()
+        leave_world()
         self._phase = "ready"
 
     def enter(self, order: EpochOrder) -> WorkerFacts:
@@ -252,7 +251,7 @@ class ExpertWorker:
     def _train(self, until: int, controller: ActorHandle, keeps_records: bool) -> Outcome:
         job, trainer = self._job, self._running
         rank, epoch = trainer.world.rank, self._epoch
-        with StepRecords(job, trainer, epoch, is_kept=keeps_records) as records:
+        with StepRecords(job, trainer, self._run, epoch, is_kept=keeps_records) as records:
             try:
                 if self._snapshots.agreed is None and trainer.placing.publications.applied.snapshot_every:
                     # what the dead kept for the living is gone, and who is new has nothing yet

@@ -38,8 +38,11 @@ class Forming:
         self.began_at = 0
         """The first step of the last epoch."""
 
-    def first(self, members: list[int], timeout_s: float) -> EpochOrder:
+    def first(self, members: list[int], timeout_s: float, resumes: Path | None) -> EpochOrder:
         """The first epoch of a run.
+
+        Args:
+            resumes: the checkpoint that it goes on from.
 
         Raises:
             RunFailed: the workers cannot be placed in time, or one fails.
@@ -50,7 +53,7 @@ class Forming:
         if len(states) < len(members):
             raise RunFailed(self._no_room(len(members), timeout_s))
         nodes = self._numbered(states)
-        return self._start(members, self._job.first_publication(nodes), self._job.resumes)
+        return self._start(members, self._job.first_publication(nodes), resumes)
 
     def find(self) -> EpochOrder | None:
         """The epoch that is under way although this controller has just begun: another was here before it."""
@@ -119,13 +122,25 @@ class Forming:
         try:
             return choose_step(held)
         except SnapshotsLost as lost:
-            folder = self._job.config.checkpoint.folder
-            newest = latest(folder) if folder is not None else None
-            if newest is None:
-                where = f"no complete checkpoint lies in {folder}" if folder else "no 'checkpoint.folder' is set"
-                raise RunFailed(f"{lost}; {where}, so the run cannot go on") from None
-            self._log.add("fallback", self._book.next_step, f"{lost}; back to {newest}", checkpoint=str(newest))
+            self.newest_checkpoint(str(lost))
             return None
+
+    def newest_checkpoint(self, lost: str) -> Path:
+        """What the run falls back to on disk.
+
+        Args:
+            lost: what happened to all that was in memory, to be told.
+
+        Raises:
+            RunFailed: there is none.
+        """
+        folder = self._job.config.checkpoint.folder
+        newest = latest(folder) if folder is not None else None
+        if newest is None:
+            where = f"no complete checkpoint lies in {folder}" if folder else "no 'checkpoint.folder' is set"
+            raise RunFailed(f"{lost}; {where}, so the run cannot go on")
+        self._log.add("fallback", self._book.next_step, f"{lost}; back to {newest}", checkpoint=str(newest))
+        return newest
 
     def _snapshot(self, order: EpochOrder, staying: list[int]) -> FromSnapshots:
         """One of this very step. Raises: EnterFailed."""

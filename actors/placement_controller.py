@@ -107,9 +107,9 @@ class PlacementController:
 
     @ray.method(concurrency_group="control")
     def members(self) -> list[ActorHandle]:
-        """The workers of the epoch in force, in the order of their ranks."""
+        """The workers of the epoch in force that there still are, in the order of their ranks."""
         order = self._keeper.order
-        return [] if order is None else [self._roster[member] for member in order.members]
+        return [] if order is None else list(self._roster.handles(order.members).values())
 
     @ray.method(concurrency_group="control")
     def publish(self, changes: dict[str, Any]) -> None:
@@ -149,8 +149,13 @@ class PlacementController:
     @ray.method(concurrency_group="control")
     def end(self) -> None:
         """Ends all workers; returns when they are gone."""
+        self._end()
+
+    def _end(self) -> None:
         self._wishes.is_over = True
         self._thread.join(timeout=10)
+        # the keeper may still wait for workers that have just been asked for
+        self._roster.end()
 
     def _first_step(self, step: int) -> None:
         """Of an epoch; the first of a run is nothing that happened."""
@@ -193,6 +198,5 @@ class PlacementController:
                 time.sleep(_POLL_S)
         else:
             logger.warning("whoever started the run is gone, and the run ends")
-        self._wishes.is_over = True
-        self._thread.join(timeout=10)
+        self._end()
         ray.kill(ray.get_actor(f"{self._run}/placement-controller", NAMESPACE))

@@ -13,7 +13,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raymoe import env
-from raymoe.actors.session import free_address, ray_session
+from raymoe.actors.session import free_address, ray_session, use_nodes_interface
 from raymoe.errors import RunFailed
 from raymoe.training.link_probe import RankMeasurement, measure_rank
 from raymoe.training.world import join_world, leave_world
@@ -44,6 +44,7 @@ class ProbeWorker:
     def __init__(self, rank: int):
         logging.basicConfig(level=env.log_level())
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+        use_nodes_interface()
         self._rank = rank
 
     def __repr__(self) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raymoe.actors.expert_worker import ExpertWorker
 from raymoe.actors.orders import WorkerState
@@ -31,17 +32,30 @@ KEEP_FREED_MEMORY = {
 once, and they are faulted in page by page in every step anew, which took up to half of an expert's backward pass; told to keep
 them, it cuts its heap up where sizes differ from step to step, and faults in more of it."""
 
+DIED = "died"
+"""How `reason` begins where Ray has seen the process end."""
+
+
+@ray.remote(num_cpus=0)
+def _kill_process(pid: int) -> None:
+    """Ends a worker's process on this node."""
+    with suppress(OSError):  # it is gone
+        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::ExpertWorker"):
+            os.kill(pid, signal.SIGKILL)
+
 
 class Roster:
     """The workers of the run `run` by their member numbers. They outlive whoever made them; `end` is what ends them."""
 
     def __init__(self, job: TrainJob, run: str):
-        self._job, self._prefix = job, f"{run}/expert-worker-"
+        self._job, self._run, self._prefix = job, run, f"{run}/expert-worker-"
         self._handles: dict[int, ActorHandle] = {}
         self._next = 0
 
-    def __getitem__(self, member: int) -> ActorHandle:
-        return self._handles[member]
+    def handles(self, members: Iterable[int]) -> dict[int, ActorHandle]:
+        """Of those workers that there are, in that order; one may be ended meanwhile by another thread."""
+        found = {member: self._handles.get(member) for member in members}
+        return {member: handle for member, handle in found.items() if handle is not None}
 
     def __contains__(self, member: int) -> bool:
         return member in self._handles
@@ -64,7 +78,7 @@ class Roster:
             num_gpus=config.worker_gpus,
             runtime_env={"env_vars": worker_env(config)},
             **where,
-        ).remote(member, self._job)
+        ).remote(self._run, member, self._job)
         return member
 
     def find(self) -> list[int]:
@@ -78,22 +92,21 @@ class Roster:
 
     def call(self, members: Iterable[int], method: str, *args: Any) -> dict[ray.ObjectRef, int]:
         """Calls a method of those workers that there are; returns whose each answer will be."""
-        there = [member for member in members if member in self._handles]
-        return {getattr(self._handles[member], method).remote(*args): member for member in there}
+        return {getattr(handle, method).remote(*args): member for member, handle in self.handles(members).items()}
 
     def dismiss(self, member: int, state: WorkerState | None = None) -> None:
         """Ends a worker.
 
         Args:
-            state: of a worker that does not answer: a stopped process on this node is killed from outside.
+            state: of a worker that does not answer: a stopped process cannot end itself, and is killed by another on its node.
         """
         handle = self._handles.pop(member, None)
         if handle is None:
             return
         ray.kill(handle)
-        if state is not None and state.node == ray.get_runtime_context().get_node_id():
-            with suppress(ProcessLookupError):
-                os.kill(state.pid, signal.SIGKILL)
+        if state is not None:
+            there = NodeAffinitySchedulingStrategy(state.node, soft=False)
+            _kill_process.options(scheduling_strategy=there).remote(state.pid)
 
     def end(self) -> None:
         """Ends all workers."""
@@ -134,7 +147,7 @@ def is_death(error: RayError) -> bool:
 def reason(error: RayError) -> str:
     """What happened to a worker, to be said behind its name."""
     if is_death(error):
-        return f"died: {' '.join(str(error).split())}"
+        return f"{DIED}: {' '.join(str(error).split())}"
     cause = error.cause if isinstance(error, RayTaskError) else error
     return f"failed: {type(cause).__name__}: {' '.join(str(cause).split())}"
 

@@ -1,15 +1,19 @@
 """Ray for the length of a command: a cluster of our own, or the one we were submitted to."""
 
+import fcntl
 import logging
 import os
 import socket
+import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
 
 NAMESPACE = "raymoe"
+_GET_ADDRESS = 0x8915
+"""Linux's SIOCGIFADDR: the IPv4 address of an interface."""
 
 
 @contextmanager
@@ -74,3 +78,24 @@ def free_address() -> str:
         probe.bind((host, 0))
         port = probe.getsockname()[1]
     return f"tcp://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def use_nodes_interface() -> None:
+    """Lets gloo meet other ranks at the address that Ray knows the calling worker's node by.
+
+    By itself it takes what the host's name resolves to, on many hosts a loopback address that no other host can reach. An
+    interface named by the environment variable `GLOO_SOCKET_IFNAME` stays.
+    """
+    if (name := _interface_of(ray.util.get_node_ip_address())) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def _interface_of(address: str) -> str | None:
+    """The network interface that has an IPv4 address; None where there is none, or no telling."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has no such address
+                found = fcntl.ioctl(probe, _GET_ADDRESS, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(found[20:24]) == address:
+                    return name
+    return None

@@ -17,11 +17,12 @@ class StepRecords:
     an exception.
 
     Args:
+        run: its name.
         is_kept: whether trace, profile and checkpoints are written.
     """
 
-    def __init__(self, job: TrainJob, trainer: Trainer, epoch: int, is_kept: bool):
-        self._job, self._trainer, self._epoch, self._is_kept = job, trainer, epoch, is_kept
+    def __init__(self, job: TrainJob, trainer: Trainer, run: str, epoch: int, is_kept: bool):
+        self._job, self._trainer, self._run, self._epoch, self._is_kept = job, trainer, run, epoch, is_kept
         self._open = ExitStack()
         self._checkpointer: Checkpointer | None = None
 
@@ -68,7 +69,7 @@ class StepRecords:
         if job.config.checkpoint.folder is not None:
             self._checkpointer = Checkpointer(
                 job.config.checkpoint.folder, rank=rank, size=trainer.world.size, group=None,
-                keep=job.config.checkpoint.keep, resumed_step=first if job.resumes or self._epoch else None,
+                keep=job.config.checkpoint.keep, resumed_step=first if job.resumes or self._epoch else None, run=self._run,
             )  # fmt: skip
             opening.callback(self._checkpointer.close)
             self._state = TrainerState(trainer)

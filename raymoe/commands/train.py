@@ -155,6 +155,9 @@ def _run(
 def _evaluate(config: TrainConfig, checkpoint: Path, text: PreparedData) -> EvalResult:
     """Held-out loss of the checkpoint as plain transformers opens it: what was saved is what is measured."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=DTYPES[config.model.dtype], local_files_only=True)
+    if config.model.dtype == "float64":
+        # torch's grouped product, which is the default, knows no float64
+        model.set_experts_implementation("eager")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)  # pyright: ignore[reportArgumentType]  (transformers wraps nn.Module.to)
     return evaluate(model, text.held_out, config.data.sequence_length, _EVALUATION_BATCH, torch.device(device))

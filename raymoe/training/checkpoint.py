@@ -91,6 +91,7 @@ class Checkpointer:
         keep: so many of the newest complete checkpoints stay.
         resumed_step: step from which the run goes on, if later ones lie in the folder: they are no longer part of it, and
             go when the next save is committed. By default a step must be later than all that are there.
+        run: whose ranks may form anew while one that hangs still has the folder; default: each is a run of its own.
 
     Raises:
         ValueError: another run writes into the folder, or `keep` is below 1.
@@ -105,10 +106,12 @@ class Checkpointer:
         group: dist.ProcessGroup | None,
         keep: int = 3,
         resumed_step: int | None = None,
+        run: str | None = None,
     ):
         if keep < 1:
             raise ValueError(f"keep: at least 1 checkpoint must stay, got {keep}")
         self._folder, self._rank, self._size, self._keep = folder, rank, size, keep
+        self._run = run
         self._own_group = new_group(backend="gloo") if group is None and size > 1 else None
         self._group = group or self._own_group
         self._stage = HostStage()
@@ -177,7 +180,7 @@ class Checkpointer:
 
     def _open(self) -> set[int]:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = WriteLock(self._folder)
+        self._lock = WriteLock(self._folder, self._run)
         folders.clean(self._folder)
         return set(folders.complete(self._folder))
 

@@ -16,6 +16,7 @@ import socket
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from raymoe.training.checkpoint_state import CheckpointError
 from raymoe.training.checkpoint_storage import FileRecord, write_synced
@@ -115,27 +116,43 @@ def complete(folder: Path) -> dict[int, Path]:
     return found
 
 
+def _locked(path: Path) -> tuple[TextIO, str | None]:
+    """The file, open and locked by us, or who has it."""
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held for as long as the lock)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with file:
+            file.seek(0)
+            return file, file.read().strip() or "unknown"
+    return file, None
+
+
 class WriteLock:
     """Keeps other runs from writing into a folder; the system frees it when the process dies.
+
+    Args:
+        run: whose process of an earlier epoch may still have the lock, stopped or cut off: what it had begun is cleaned away, and
+            the lock is made anew beside it.
 
     Raises:
         ValueError: another run writes there.
     """
 
-    def __init__(self, folder: Path):
-        self._file = open(folder / _LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (held for as long as the lock)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "unknown"
-            self._file.close()
+    def __init__(self, folder: Path, run: str | None):
+        path = folder / _LOCK
+        file, holder = _locked(path)
+        if holder is not None and run is not None and holder.endswith(f", run {run}"):
+            path.unlink()
+            file, holder = _locked(path)
+        if holder is not None:
             raise ValueError(
                 f"{folder}: another run is writing checkpoints here ({holder}); give this run a folder of its own"
-            ) from None
-        self._file.truncate(0)
-        self._file.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
-        self._file.flush()
+            )
+        file.truncate(0)
+        file.write(f"host {socket.gethostname()}, process {os.getpid()}{'' if run is None else f', run {run}'}\n")
+        file.flush()
+        self._file = file
 
     def release(self) -> None:
         self._file.close()

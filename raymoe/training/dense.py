@@ -52,6 +52,12 @@ class ReplicatedDense:
         """`kind/name of the parameter`: live views, in the shapes of the parameters."""
         return {name: view for part in self._parts for name, view in part.tensors().items()}
 
+    def broadcast(self, teacher: int) -> None:
+        """Gives all ranks the values of one: a message for all of a kind, not for each parameter, while training stands still."""
+        for part in self._parts:
+            for tensor in part.state.tensors().values():
+                dist.broadcast(tensor, teacher, group=self._world.dense)
+
     def refresh(self) -> None:
         """Makes parameters of masters that were written from outside."""
         for part in self._parts:

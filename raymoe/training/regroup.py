@@ -102,8 +102,7 @@ def _enter_live(trainer: Trainer, world: World, publication: Publication, source
     move_experts(trainer.experts, after)
     _place(trainer, publication, after, common)
     if is_new or None in source.survivors:
-        for tensor in trainer.dense.tensors().values():
-            dist.broadcast(tensor, teacher, group=world.dense)
+        _replicated(trainer).broadcast(teacher)
 
 
 def _enter_snapshot(
@@ -140,8 +139,7 @@ def _enter_snapshot(
             tensor.copy_(kept["own", name])
         state.apply_generators()
     if not is_sharded and not all(has_own):
-        for tensor in dense.values():
-            dist.broadcast(tensor, teacher, group=world.dense)
+        _replicated(trainer).broadcast(teacher)
 
 
 def _restore_shards(dense: dict[str, Tensor], world: World, source: FromSnapshots, parts: _Parts) -> None:
@@ -230,10 +228,15 @@ def _bind(trainer: Trainer, world: World) -> None:
     """Every part of the trainer talks through the new world."""
     if trainer.world is world:
         return
-    assert isinstance(trainer.dense, ReplicatedDense), "sharded parameters come in a fresh trainer"
+    dense = _replicated(trainer)
     trainer.world = world
     trainer.experts.bind(world)
-    trainer.dense.bind(world)
+    dense.bind(world)
+
+
+def _replicated(trainer: Trainer) -> ReplicatedDense:
+    assert isinstance(trainer.dense, ReplicatedDense), "sharded parameters come in a fresh trainer"
+    return trainer.dense
 
 
 def _place(trainer: Trainer, publication: Publication, base: Base, common: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 import pytest
 
 from raymoe.config import TrainConfig, parse_config
-from raymoe.training.job import prepare_job, prepare_text
+from raymoe.training.job import TrainJob, prepare_job, prepare_text
 
 TINY = {
     "model_type": "olmoe",
@@ -15,20 +15,30 @@ TINY = {
 }
 
 
+def tiny_tree(folder, **changes) -> dict:
+    """The configuration of a small run in a folder, with its text."""
+    (folder / "text.txt").write_text("\n\n".join(f"the {i}th line says {i % 7} times seven" for i in range(900)))
+    tree = {
+        "model": {"config": TINY},
+        "data": {"source": str(folder / "text.txt"), "sequence_length": 16},
+        "tokenizer": {"vocab_size": 300},
+        "batch": 6,
+        "steps": 12,
+        "optimizer": {"lr": 1e-2, "warmup_steps": 2},
+        "output": str(folder / "run"),
+    }
+    return tree | changes
+
+
+def tiny_job(folder, **changes) -> TrainJob:
+    """A small run in a folder, as its workers get it."""
+    config = parse_config(TrainConfig, tiny_tree(folder, **changes))
+    return prepare_job(config, config.output, prepare_text(config, config.output))
+
+
 @pytest.fixture
 def job(tmp_path):
     def make(**changes):
-        (tmp_path / "text.txt").write_text("\n\n".join(f"the {i}th line says {i % 7} times seven" for i in range(900)))
-        tree = {
-            "model": {"config": TINY},
-            "data": {"source": str(tmp_path / "text.txt"), "sequence_length": 16},
-            "tokenizer": {"vocab_size": 300},
-            "batch": 6,
-            "steps": 12,
-            "optimizer": {"lr": 1e-2, "warmup_steps": 2},
-            "output": str(tmp_path / "run"),
-        }
-        config = parse_config(TrainConfig, tree | changes)
-        return prepare_job(config, config.output, prepare_text(config, config.output))
+        return tiny_job(tmp_path, **changes)
 
     return make

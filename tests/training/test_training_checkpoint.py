@@ -569,6 +569,23 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
         save_alone(tmp_path, 10)
 
 
+def test_a_run_takes_the_folder_from_its_own_rank_that_hangs(tmp_path):
+    hangs = alone(tmp_path, run="one")
+    with pytest.raises(ValueError, match=r"another run is writing .*, run one\)"):
+        alone(tmp_path, run="two")
+    anew = alone(tmp_path, run="one")
+    anew.save(10, State(10, ALL))
+    anew.wait()
+    with pytest.raises(ValueError, match=r"another run is writing .*, run one\)"):
+        alone(tmp_path, run="two")
+    # what it lets go of at last is no longer the lock
+    hangs.close()
+    with pytest.raises(ValueError, match=r"another run is writing .*, run one\)"):
+        alone(tmp_path)
+    anew.close()
+    alone(tmp_path, run="two").close()
+
+
 def test_a_run_that_goes_back_replaces_what_it_left(tmp_path):
     save_alone(tmp_path, 10, 20, 30)
     checkpointer = alone(tmp_path, resumed_step=10)
