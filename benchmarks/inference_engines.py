@@ -44,13 +44,13 @@ EXPERTS = ("eager", "batched_mm", "grouped_mm")
 _SHORTEST, _LONGEST = 16, 80
 _MAX_BATCH_TOKENS = 512
 _THREADS = 2
-_CHOICES = 2
-"""Rounds of each experts implementation before the fastest is taken."""
+_CHOICES, _CHOICE_TOKENS = 2, 12
+"""Rounds of each experts implementation before the fastest is taken, and how long they are."""
 
 
 @dataclass
 class _System:
-    run: Callable[[Prompts], Round]
+    run: Callable[[Prompts, int], Round]
     setting: str = ""
     rounds: list[Round] = field(default_factory=list)
 
@@ -80,7 +80,7 @@ def run(
 
 def random_model(folder: Path) -> Path:
     """Saves the model of `bench inference` untrained: what a step takes does not depend on what it says."""
-    shape = dict(training_config(folder).model.config)
+    shape = dict(training_config(folder).model.config or {})
     config = AutoConfig.for_model(shape.pop("model_type"), vocab_size=4096, **shape)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -112,9 +112,9 @@ def _cell(path: Path, batch: int, rounds: int, tokens: int) -> list[Row]:
         manager = _continuous_batching(model, batch, kv_tokens, tokens)
         stack.callback(manager.stop, block=True, hard_stop=True)
         systems = {
-            "raymoe": _System(lambda asked: generate(engine, asked, tokens)),
-            "generate": _System(lambda asked: _static(model, asked, tokens)),
-            "continuous batching": _System(lambda asked: _continuous(manager, asked, tokens)),
+            "raymoe": _System(lambda asked, tokens: generate(engine, asked, tokens)),
+            "generate": _System(lambda asked, tokens: _static(model, asked, tokens)),
+            "continuous batching": _System(lambda asked, tokens: _continuous(manager, asked, tokens)),
         }
         seeds = itertools.count()
         for name in ("generate", "continuous batching"):
@@ -124,7 +124,7 @@ def _cell(path: Path, batch: int, rounds: int, tokens: int) -> list[Row]:
             for system in systems.values():
                 if system.setting:
                     model.set_experts_implementation(system.setting)
-                system.rounds.append(system.run(asked))
+                system.rounds.append(system.run(asked, tokens))
         return [_row(name, batch, system, systems["raymoe"]) for name, system in systems.items()]
 
 
@@ -138,12 +138,12 @@ def _fetch_all(engine: InferenceEngine) -> None:
     assert cache.resident == cache.num_experts
 
 
-def _fastest(model: PreTrainedModel, run: Callable[[Prompts], Round], batch: int, seeds: itertools.count) -> str:
+def _fastest(model: PreTrainedModel, run: Callable[[Prompts, int], Round], batch: int, seeds: itertools.count) -> str:
     """The experts implementation with the highest rate in one of a few rounds."""
     rates = {}
     for name in EXPERTS:
         model.set_experts_implementation(name)
-        rates[name] = max(run(random_prompts(batch, next(seeds))).tokens_per_s for _ in range(_CHOICES))
+        rates[name] = max(run(random_prompts(batch, next(seeds)), _CHOICE_TOKENS).tokens_per_s for _ in range(_CHOICES))
     return max(rates, key=lambda name: rates[name])
 
 
