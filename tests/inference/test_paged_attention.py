@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ HEADS, KEY_HEADS, SIZE, VALUE_SIZE = 6, 2, 8, 5
 ROWS = 400
 # float32 sums of at most a few hundred products, in another order
 TOLERANCE = 2e-5
-FULL = SimpleNamespace(read_trash_index=0)
+FULL: Any = SimpleNamespace(read_trash_index=0)
 
 
 def greedy(max_tokens: int) -> SamplingParams:
@@ -55,7 +56,7 @@ def step(requests, window=None, seed=0):
     own = list(pages[: len(requests)])
     lengths_q, lengths_k = (np.array(column, dtype=np.int64) for column in zip(*requests, strict=True))
     written = torch.cat([rows[-new:] for rows, (new, _) in zip(own, requests, strict=True)])
-    allocator = FULL if window is None else SimpleNamespace(read_trash_index=0, sliding_window=window)
+    allocator: Any = FULL if window is None else SimpleNamespace(read_trash_index=0, sliding_window=window)
     layout = step_layout(allocator, lengths_q, lengths_k, torch.cat(own), written, torch.float32)
     query = torch.randn(int(lengths_q.sum()), HEADS, SIZE, generator=generator)
     return layout, query, keys, values, own
