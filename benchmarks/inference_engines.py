@@ -42,6 +42,7 @@ Prompts = list[list[int]]
 EXPERTS = ("eager", "batched_mm", "grouped_mm")
 """transformers' experts implementations that run on a CPU."""
 _SHORTEST, _LONGEST = 16, 80
+_VOCABULARY = 4096
 _MAX_BATCH_TOKENS = 512
 _THREADS = 2
 _CHOICES, _CHOICE_TOKENS = 2, 12
@@ -81,7 +82,7 @@ def run(
 def random_model(folder: Path) -> Path:
     """Saves the model of `bench inference` untrained: what a step takes does not depend on what it says."""
     shape = dict(training_config(folder).model.config or {})
-    config = AutoConfig.for_model(shape.pop("model_type"), vocab_size=4096, **shape)
+    config = AutoConfig.for_model(shape.pop("model_type"), vocab_size=_VOCABULARY, **shape)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder / "model")
@@ -92,7 +93,7 @@ def random_prompts(count: int, seed: int) -> Prompts:
     """`count` prompts of 16 to 79 tokens, all of different lengths for up to 64 of them."""
     generator = torch.Generator().manual_seed(seed)
     lengths = [_SHORTEST + (number * 37) % (_LONGEST - _SHORTEST) for number in range(count)]
-    return [torch.randint(2, 4096, (length,), generator=generator).tolist() for length in lengths]
+    return [torch.randint(2, _VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
 
 
 def _cell(path: Path, batch: int, rounds: int, tokens: int) -> list[Row]:
