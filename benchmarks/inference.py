@@ -47,11 +47,15 @@ _COLUMNS = {
 
 
 @dataclass
-class _Round:
+class Round:
+    """What one system did with one set of requests."""
+
     wall_s: float
     tokens: list[list[int]]
     ttft_s: list[float]
+    """Of each request."""
     itl_s: list[float]
+    """Between the tokens of a request, for all of them."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -63,7 +67,7 @@ class _Running:
     """An arm's engine, what it did, and what its layers wanted."""
 
     engine: InferenceEngine
-    rounds: list[_Round] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
     visits: list[tuple[int, list[int]]] = field(default_factory=list)
 
     def watch(self) -> None:
@@ -147,7 +151,7 @@ def _crowded(model: Path, budget: int, asked: list[list[int]], rounds: int, toke
             running[name].watch()
         for _ in range(rounds + 1):
             for each in running.values():
-                each.rounds.append(_generate(each.engine, asked, tokens))
+                each.rounds.append(generate(each.engine, asked, tokens))
         reference = running["in order"]
         rows = [_row(name, budget, _CROWDED_BATCH, each, reference) for name, each in running.items()]
     table = Table("batches", "tok/s", "min-max", "over in order", "MB/tok", "experts a step", "grouping", "same",
@@ -207,12 +211,13 @@ def _cell(
             running[name].watch()
         for _ in range(rounds + 1):
             for each in running.values():
-                each.rounds.append(_generate(each.engine, asked, tokens))
+                each.rounds.append(generate(each.engine, asked, tokens))
         resident = running["resident"]
         return [_row(name, budget, batch, each, resident) for name, each in running.items()]
 
 
-def _generate(engine: InferenceEngine, asked: list[list[int]], tokens: int) -> _Round:
+def generate(engine: InferenceEngine, asked: list[list[int]], tokens: int) -> Round:
+    """Submits all prompts at once, greedy, and waits until each has its `tokens`."""
     params = SamplingParams(max_tokens=tokens, temperature=0.0, stop_token_ids=())
     answers: list[list[int]] = [[] for _ in asked]
     times: list[list[float]] = [[] for _ in asked]
@@ -236,7 +241,7 @@ def _generate(engine: InferenceEngine, asked: list[list[int]], tokens: int) -> _
         done.acquire()
     wall_s = time.perf_counter() - began_s
     gaps = [after - before for each in times for before, after in itertools.pairwise(each)]
-    return _Round(wall_s, answers, [each[0] - began_s for each in times], gaps)
+    return Round(wall_s, answers, [each[0] - began_s for each in times], gaps)
 
 
 def _row(name: str, budget: int, batch: int, this: _Running, resident: _Running) -> Row:

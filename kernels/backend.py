@@ -144,7 +144,7 @@ def _cpu_refusal(spec: ExpertSpec, hidden: Tensor, weight_dtype: torch.dtype, ne
 
 def sums_in_triton(device: torch.device) -> bool:
     """Whether `combine` runs in Triton: on CUDA unless RAYMOE_KERNELS asks for another, in the interpreter if it asks for it."""
-    requested = requested_backend()
     if not has_triton() or (device.type != "cuda" and not is_interpreted()):
         return False
+    requested = requested_backend()
     return requested == "triton" or (requested == "auto" and device.type == "cuda")

@@ -10,6 +10,9 @@ from torch.autograd.function import once_differentiable
 from raymoe.kernels.backend import sums_in_triton
 from raymoe.kernels.plan import Plan, has_expert, real_rows
 
+_SUM = 0
+"""embedding_bag's number for that mode."""
+
 
 def combine(rows: Tensor, plan: Plan, expert_weight: Tensor) -> Tensor:
     """Sum over a token's choices, in slot order, of routing weight times expert row; differentiable in both.
@@ -83,7 +86,11 @@ def _gather_sum_cpu(rows: Tensor, plan: Plan, weight: Tensor | None, real: int) 
     # embedding_bag is the one CPU op that gathers, scales and sums in one pass
     inverse = plan.inverse
     if real == inverse.numel():
-        return F.embedding_bag(inverse, rows, per_sample_weights=weight, mode="sum")
+        num_tokens, top_k = inverse.shape
+        starts = torch.arange(0, num_tokens * top_k, top_k)
+        flat = weight.reshape(-1) if weight is not None else None
+        # the functional form spends as long on finding this out as the sum of one token's rows takes
+        return torch.embedding_bag(rows, inverse.reshape(-1), starts, False, _SUM, False, flat)[0]
     is_real = inverse < real
     ends = is_real.sum(dim=1).cumsum(0)
     starts = F.pad(ends[:-1], (1, 0))

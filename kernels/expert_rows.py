@@ -18,6 +18,7 @@ from raymoe.kernels.plan import Plan
 from raymoe.kernels.quantize import dequantized
 from raymoe.kernels.reference import expert_mlp
 from raymoe.kernels.spec import ExpertSpec
+from raymoe.kernels.torch_backend import NARROW, narrow_rows, takes_narrow
 
 
 @torch.no_grad()
@@ -72,24 +73,28 @@ def expert_rows(
     elif backend == "cpu":
         expert_rows_cpu(hidden, given, plan, experts, slots, out, spec, hidden_scale)
     else:
-        _loop(hidden, given, plan, experts, slots, out, spec, hidden_scale)
+        ends = plan.offsets.tolist()
+        active = [(e, slot) for e, slot in zip(experts, slots, strict=True) if ends[e] < ends[e + 1]]
+        if backend == "torch" and takes_narrow(given):
+            narrow = [(e, slot) for e, slot in active if ends[e + 1] - ends[e] < NARROW]
+            if narrow:
+                narrow_rows(hidden, given, plan, narrow, ends, out, spec, hidden_scale)
+            active = [(e, slot) for e, slot in active if ends[e + 1] - ends[e] >= NARROW]
+        _loop(hidden, given, plan, active, ends, out, spec, hidden_scale)
 
 
 def _loop(
     hidden: Tensor,
     weights: Experts,
     plan: Plan,
-    experts: Sequence[int],
-    slots: Sequence[int],
+    active: list[tuple[int, int]],
+    ends: list[int],
     out: Tensor,
     spec: ExpertSpec,
     hidden_scale: Tensor | None,
 ) -> None:
-    starts = plan.offsets.tolist()
-    for e, slot in zip(experts, slots, strict=True):
-        start, end = starts[e], starts[e + 1]
-        if start == end:
-            continue
+    for e, slot in active:
+        start, end = ends[e], ends[e + 1]
         token = plan.token[start:end]
         scale = hidden_scale.index_select(0, token) if hidden_scale is not None else None
         one = weights.at(slot)

@@ -66,7 +66,7 @@ def plan(expert_index: Tensor, num_experts: int) -> Plan:
     bounds = torch.arange(num_experts + 1, device=device)
     offsets = torch.searchsorted(expert, bounds, out_int32=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=device))
-    token = order // max(top_k, 1)
+    token = torch.div(order, max(top_k, 1), rounding_mode="trunc")
     return Plan(order, token, expert, inverse.view(num_tokens, top_k), offsets)
 
 

@@ -252,6 +252,19 @@ def bench_inference(
     run(arms, budgets, batches, rounds, tokens, rivals, crowded, folder, shown_console(), shown_command(), json)
 
 
+@bench.command(name="engines")
+def bench_engines(
+    batches: Annotated[str, typer.Option(help="Requests at once, comma-separated.")] = "1,4,16,32",
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each system.")] = 7,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each request.")] = 48,
+    json: Json = None,
+) -> None:
+    """Compare the engine, everything resident, with transformers' `generate` and its own continuous batching."""
+    from raymoe.commands.bench import bench_engines as run
+
+    run(batches, rounds, tokens, shown_console(), shown_command(), json)
+
+
 @bench.command(name="cache")
 def bench_cache(
     model: Annotated[Path, typer.Argument(help="Hugging Face directory of a MoE model, with its tokenizer.")],

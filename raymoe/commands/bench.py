@@ -89,6 +89,13 @@ def bench_inference(
     benchmark.run(names, percents, sizes, rounds, tokens, others, crowds, folder, console, command, json)
 
 
+def bench_engines(batches: str, rounds: int, tokens: int, console: Console, command: str, json: Path | None) -> None:
+    """Compares the engine with transformers; see `raymoe.benchmarks.inference_engines`. Raises: ValueError, a bad number."""
+    from raymoe.benchmarks import inference_engines as benchmark
+
+    benchmark.run(_numbers("--batches", batches), rounds, tokens, console, command, json)
+
+
 def bench_cache(
     model: Path,
     data: str,

@@ -26,6 +26,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from raymoe.inference.kv_budget import KvBudget
 from raymoe.inference.latent_cache import attach_latents, expanded_blocks
+from raymoe.inference.paged_attention import attach_paged_attention
 from raymoe.inference.requests import SamplingParams, TokenLogprobs
 from raymoe.inference.sampling import log_probabilities, sample, uniform
 from raymoe.inference.scheduler import SCHEDULER, TokenScheduler
@@ -99,6 +100,8 @@ class Batcher:
         # transformers counts only processors that it converted itself
         processors.tensors_required = 1
         self._manager.logit_processor = processors
+        if model.device.type == "cpu":
+            attach_paged_attention(model)
         # makes the KV cache here, where an error reaches the caller
         self._manager.warmup()
         if is_latent(text_config):

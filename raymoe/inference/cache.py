@@ -256,6 +256,8 @@ class ExpertCache:
                     self._count(stall_s=time.monotonic() - began_s)
 
     def _release(self, keys: list[Key]) -> None:
+        if not keys:
+            return
         with self._changed:
             for key in keys:
                 self._pins[key] -= 1
@@ -264,7 +266,9 @@ class ExpertCache:
                     self._demanded.pop(key, None)
                     self._failed.pop(key, None)
             self._shrink()
-            self._changed.notify_all()
+            # whoever waits for a slot does so for one of these; waking a reader for nothing costs the computation its turn
+            if self._demanded or self._wishes:
+                self._changed.notify_all()
 
     # reading
 

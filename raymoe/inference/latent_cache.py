@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.generation.continuous_batching.cache import ATTN_TYPE_TO_ALLOCATOR, PagedAttentionCache
 from transformers.generation.continuous_batching.cache_allocators import (
@@ -22,6 +23,7 @@ from transformers.generation.continuous_batching.cache_allocators import (
 from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from raymoe.inference.paged_attention import PAGED_ATTENTION, StepLayout
 from raymoe.inference.servable import is_latent
 
 LATENT_ATTENTION = "raymoe_latent"
@@ -105,12 +107,23 @@ class _PagedLatents:
     def update(self, latent: Tensor, rotary: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """([1, 1, T, kv_lora_rank], [1, 1, T, qk_rope_head_dim]) -> the same of what the module shall expand."""
         num_new = latent.shape[2]
-        latent, rotary = self._cache.update(latent, rotary, layer_idx, self._kwargs)
+        layout = _layout_of(self._kwargs)
+        if layout is not None:
+            rows = layout.update(self._cache, layer_idx, latent[0].transpose(0, 1), rotary[0].transpose(0, 1))
+            latent, rotary = (one.transpose(0, 1)[None] for one in rows)
+        else:
+            latent, rotary = self._cache.update(latent, rotary, layer_idx, self._kwargs)
         if not _is_absorbing_cheaper(self._module, num_new, latent.shape[2]):
             return latent, rotary
         self.rows = torch.cat((latent, rotary), dim=-1)[0, 0]
         # the module expands what it gets; one token is the least it can
         return latent[:, :, :1], rotary[:, :, :1]
+
+
+def _layout_of(kwargs: dict[str, Any]) -> StepLayout | None:
+    """Of the step, where requests read their own pages alone."""
+    layouts = kwargs.get("layouts")
+    return layouts[FULL_ATTENTION] if layouts is not None else None
 
 
 def _is_absorbing_cheaper(module: Any, num_new: int, num_read: int) -> bool:
@@ -145,15 +158,23 @@ def _latent_attention(
     Returns:
         [1, T, H, v_head_dim].
     """
+    layout = _layout_of(kwargs)
     if latents is None or latents.rows is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        if layout is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        heads = (one[0].transpose(0, 1) for one in (query, key, value))
+        return layout.attend(*heads, scale=scaling)[None], None
     nope, rank = module.qk_nope_head_dim, module.kv_lora_rank
     up = module.kv_b_proj.weight.view(-1, nope + module.v_head_dim, rank)
     into_latent = torch.cat((query[0, :, :, :nope] @ up[:, :nope], query[0, :, :, nope:]), dim=-1)
     # values of the keys' width keep to the fast kernels; what is past the latent is dropped
-    rows = latents.rows.expand(1, up.shape[0], -1, -1)
-    mixed = nn.functional.scaled_dot_product_attention(into_latent[None], rows, rows, attention_mask, scale=scaling)
-    out = mixed[0, :, :, :rank] @ up[:, nope:].transpose(1, 2)
+    if layout is not None:
+        rows = latents.rows[:, None]
+        mixed = layout.attend(into_latent.transpose(0, 1), rows, rows, scale=scaling).transpose(0, 1)
+    else:
+        rows = latents.rows.expand(1, up.shape[0], -1, -1)
+        mixed = scaled_dot_product_attention(into_latent[None], rows, rows, attention_mask, scale=scaling)[0]
+    out = mixed[:, :, :rank] @ up[:, nope:].transpose(1, 2)
     return out.transpose(0, 1)[None], None
 
 
@@ -165,9 +186,9 @@ def attach_latents(model: PreTrainedModel) -> None:
 
     Continuous batching gives the cache to the attention function, which sees expanded heads only; these modules offer their
     latents to `past_key_values`, which continuous batching leaves empty. Call it when the cache has been made: transformers
-    knows no attention function of ours, and builds the mask that this one needs for "sdpa".
+    knows no attention function of ours, and builds the mask that this one needs on a GPU for "sdpa".
     """
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config.get_text_config()._attn_implementation in ("sdpa", PAGED_ATTENTION)
     modules = [module for module in model.modules() if hasattr(module, "kv_a_proj_with_mqa")]
     assert modules
     for module in modules:
