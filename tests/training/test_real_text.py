@@ -36,7 +36,8 @@ def train(join, rank, folder):
     return [report.loss for report in reports], sum(report.copies for report in reports)
 
 
-def plain(folder) -> list[float]:
+def plain(folder, num_parts=1) -> list[float]:
+    """transformers and AdamW alone; gradients summed over so many parts of a batch."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1.0, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, weight_decay=OPTIMIZER.weight_decay
@@ -44,14 +45,18 @@ def plain(folder) -> list[float]:
     losses, source = [], batches(folder)
     for step in range(STEPS):
         tokens = source.batch(step).tokens
-        loss = model(input_ids=tokens[:, :-1], labels=tokens[:, :-1], shift_labels=tokens[:, 1:], use_cache=False).loss
-        loss.backward()
+        loss = 0.0
+        for part in tokens.chunk(num_parts):
+            inputs, targets = part[:, :-1], part[:, 1:].contiguous()
+            part_loss = model(input_ids=inputs, labels=inputs, shift_labels=targets, use_cache=False).loss / num_parts
+            part_loss.backward()
+            loss += part_loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm or 0.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(OPTIMIZER, step, STEPS)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(loss)
     return losses
 
 
@@ -70,8 +75,13 @@ def test_losses_are_those_of_plain_training(tmp_path):
     (ours, copies), _ = run_ranks(2, train, tmp_path, timeout_s=280)
     expected = plain(tmp_path)
     assert copies > STEPS
-    assert expected[-1] < expected[0] - 2
-    # rounding grows from step to step: to the last bits at first, then to a share of the losses' own scatter
+    assert np.mean(expected[-10:]) < expected[0] - 1
     assert ours[:10] == pytest.approx(expected[:10], rel=1e-5)
-    scatter = np.std(np.diff(expected[-50:]))
-    assert np.abs(np.subtract(ours, expected)).max() < 0.2 * scatter
+    # rounding grows from step to step: how far, plain training shows that adds the same gradients in another order
+    noise = np.abs(np.subtract(plain(tmp_path, num_parts=2), expected))
+    difference = np.abs(np.subtract(ours, expected))
+    print(
+        f"differences: {difference.mean():.4f}, at most {difference.max():.4f}; noise {noise.mean():.4f}, {noise.max():.4f}"
+    )
+    assert difference.mean() < 2 * noise.mean()
+    assert difference.max() < 2 * noise.max()

@@ -1,7 +1,6 @@
-"""What a run must leave nothing of: processes, actors, placement groups, listening ports, shared memory, rendezvous files."""
+"""What a run must leave nothing of: processes, actors, placement groups, listening ports, shared memory."""
 
 import os
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -34,7 +33,8 @@ class Leftovers:
         left += [f"actor {each['Name']}: {each['State']}" for each in actors().values() if each["State"] != "DEAD"]
         table = placement_group_table()
         left += [f"placement group {name}" for name, each in table.items() if each["state"] != "REMOVED"]
-        return left + [f"file {path}" for path in sorted(_files() - self._files)]
+        new = _files() - self._files
+        return left + [f"file {path}" for path in sorted(new - _mapped_elsewhere(new))]
 
     def check(self) -> None:
         """Fails if something is still there after a while."""
@@ -96,6 +96,17 @@ def _ports(pid: int) -> set[int]:
 
 
 def _files() -> set[str]:
-    """Shared memory with a name, and what ranks met by."""
-    temporary = Path(tempfile.gettempdir())
-    return {str(path) for path in [*_SHARED_MEMORY.iterdir(), *temporary.glob("tmp*/alone")]}
+    """Shared memory with a name."""
+    return {str(path) for path in _SHARED_MEMORY.iterdir()}
+
+
+def _mapped_elsewhere(files: set[str]) -> set[str]:
+    """Those of them that processes outside the cluster use."""
+    inside = {*marked(), os.getpid()}
+    found = set()
+    for name in filter(str.isdecimal, os.listdir("/proc")) if files else ():
+        if int(name) not in inside:
+            with suppress(OSError):  # it is gone
+                maps = Path(f"/proc/{name}/maps").read_text()
+                found |= {path for path in files if path in maps}
+    return found

@@ -76,7 +76,6 @@ def test_a_run_that_is_watched_changed_killed_and_resumed(cluster, tmp_path, und
     wait(has_workers(2), first)
 
     # all of it, at one blow
-    done = status()["next_step"]
     first.kill()
     for pid in training():
         if pid != watching.pid:
@@ -91,9 +90,10 @@ def test_a_run_that_is_watched_changed_killed_and_resumed(cluster, tmp_path, und
     newest = latest(checkpoints)
     assert newest is not None
     goes_on = int(newest.name.partition("-")[2])
-    assert 0 <= done - goes_on < done
+    assert goes_on >= EVERY
     raymoe(cluster, "train", str(config), "--resume", f"steps={goes_on + MORE}", timeout_s=2 * PATIENCE_S)
     after = logged(tmp_path)
-    assert sorted(after) == list(range(max(max(before) + 1, goes_on + MORE)))
-    losses = undisturbed.losses(len(after))
-    assert [after[step] for step in sorted(after)] == pytest.approx(losses, rel=TOLERANCE)
+    # what was done just before the kill may not have been logged any more
+    assert {*before, *range(goes_on, goes_on + MORE)} == set(after)
+    losses = undisturbed.losses(max(after) + 1)
+    assert after == pytest.approx({step: losses[step] for step in after}, rel=TOLERANCE)
