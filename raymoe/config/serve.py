@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from raymoe.config.base import Strict
 from raymoe.config.expert_hosts import ExpertHostsConfig
 from raymoe.config.memory import parse_memory
+from raymoe.config.precision import Precision
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 
@@ -20,6 +21,9 @@ class ServeConfig(Strict):
     expert_memory: str | int = "50%"
     """Budget of the expert cache: a share of all experts ("50%") or bytes ("512MiB", 536870912)."""
     dtype: Dtype = "float32"
+    expert_precision: str = "native"
+    """What experts are kept in: `native` (exact), or lossy, from a file that `raymoe experts MODEL` makes: `bf16`, `int8`, `int4`,
+    or `int4:32`, with the size of a group that shares a scale (32, 64, 128)."""
     engines: int = Field(default=1, ge=1)
     """`Engine` replicas."""
     max_batch_tokens: int = Field(default=512, ge=16)
@@ -82,6 +86,11 @@ class ServeConfig(Strict):
     def _parses(cls, value: str | int) -> str | int:
         parse_memory(value, total_bytes=1)
         return value
+
+    @field_validator("expert_precision")
+    @classmethod
+    def _is_one(cls, value: str) -> str:
+        return str(Precision.parse(value))
 
     @model_validator(mode="after")
     def _send_has_hosts(self) -> "ServeConfig":

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from raymoe.config import check_fits
-from raymoe.inference.expert_precision import ExpertCodec, Precision
+from raymoe.config.precision import Precision
+from raymoe.inference.expert_precision import ExpertCodec
 from raymoe.inference.memory_file import ArenaError, map_existing, map_new
 from raymoe.inference.tiers import ExpertSource, NotHeld
 from raymoe.models import MoELayer
@@ -71,7 +72,7 @@ class ArenaTier:
 
         Args:
             dtype: that experts are held in; with a lossy precision, their biases.
-            precision: default exact.
+            precision: default native.
             experts: (layer, expert) that it is for; None: all.
 
         Raises:
@@ -137,7 +138,7 @@ class ArenaTier:
             if self._is_filled[index]:
                 continue
             stored, codec = self._stored(layer, expert), self._codecs[layer]
-            if codec.precision.kind == "exact":
+            if codec.is_plain:
                 moved_bytes += source.read(layer, expert, stored.view(codec.dtype))
             else:
                 flat = torch.empty(codec.layout.numel, dtype=torch.float32)
@@ -163,10 +164,10 @@ class ArenaTier:
         """
         codec, count = self._codecs[layer], self._layers[layer].num_experts
         keys = [(layer, expert) for expert in range(count)]
-        if codec.precision.kind != "exact" or not all(
-            k in self._index and self._is_filled[self._index[k]] for k in keys
-        ):
-            raise ArenaError(f"arena: MoE layer {layer} is not there as a whole and exact; read its experts one by one")
+        if codec.precision.is_lossy or not all(k in self._index and self._is_filled[self._index[k]] for k in keys):
+            raise ArenaError(
+                f"arena: MoE layer {layer} is not there as a whole and native; read its experts one by one"
+            )
         stride = round_up(codec.num_bytes)
         starts = [self._place[key] for key in keys]
         if starts != [starts[0] + stride * expert for expert in range(count)]:

@@ -42,6 +42,7 @@ class ExpertCache:
         budget: str | int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        total_bytes: int | None = None,
         policy: Callable[[int, int], EvictionPolicy] = LeastRecentlyUsed,
         readers: int = 0,
         window_s: float = 1.0,
@@ -52,7 +53,8 @@ class ExpertCache:
             source: the tiers below.
             numel: elements of one expert, for each MoE layer; a slot is as large as the largest.
             num_experts: experts of each MoE layer.
-            budget: bytes, or a share of what all experts would take, see `raymoe.config.parse_memory`.
+            budget: bytes, or a share of `total_bytes`, see `raymoe.config.parse_memory`.
+            total_bytes: what all experts would take; default: in slots of this size.
             policy: makes the eviction policy from (layers, slots).
             readers: threads that read while others compute; without any, who needs an expert reads it, and nothing is
                 fetched ahead.
@@ -66,7 +68,8 @@ class ExpertCache:
         self.num_experts = sum(num_experts)
         self._most_experts = max(num_experts)
         self.slot_bytes = max(numel) * dtype.itemsize
-        device, num_slots = torch.device(device), slots_for(budget, self.num_experts, self.slot_bytes)
+        self._total_bytes = total_bytes or self.num_experts * self.slot_bytes
+        device, num_slots = torch.device(device), self._slots_for(budget)
         if device.type == "cpu":
             check_fits(f"expert_memory: {budget}", num_slots * self.slot_bytes)
         self._slots = SlotPool(self.num_experts, num_slots, max(numel), dtype, device)
@@ -195,7 +198,7 @@ class ExpertCache:
         Raises:
             ValueError: it does not hold one expert, is more memory than the process may have, or more than was set aside on a GPU.
         """
-        num_slots = slots_for(budget, self.num_experts, self.slot_bytes)
+        num_slots = self._slots_for(budget)
         with self._changed:
             if self.pool.device.type == "cpu":
                 held_bytes = self._slots.in_use * self.slot_bytes
@@ -331,6 +334,9 @@ class ExpertCache:
             self._changed.notify_all()
 
     # slots
+
+    def _slots_for(self, budget: str | int) -> int:
+        return slots_for(budget, self.num_experts, self.slot_bytes, self._total_bytes)
 
     def _slot_for(self, layer: int) -> int | None:
         slot = self._slots.take()

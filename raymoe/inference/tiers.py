@@ -58,14 +58,7 @@ class CheckpointTier:
 
     def facts(self) -> dict[str, Any]:
         """How the files are read (direct | dropped | cached, see `RangeReader`), and what the device was asked for."""
-        reader = self._files.reader
-        counters = reader.counters
-        return {
-            "mode": reader.mode,
-            "requests": counters.ranges,
-            "needed_bytes": counters.needed_bytes,
-            "device_bytes": counters.device_bytes,
-        }
+        return self._files.reader.facts()
 
 
 @dataclass

@@ -55,6 +55,7 @@ class Engine:
             prefix_sharing=config.prefix_sharing,
             remote=remote,
             on_miss=config.on_miss,
+            expert_precision=config.expert_precision,
             decode=decoder(AutoTokenizer.from_pretrained(config.model, local_files_only=True)),
         )
 
