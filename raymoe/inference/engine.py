@@ -20,6 +20,7 @@ from raymoe.inference.deliveries import Deliveries, Request
 from raymoe.inference.experts import CachedExperts
 from raymoe.inference.foresight import Foresight
 from raymoe.inference.meter import Meter
+from raymoe.inference.node_arena import shared_arena
 from raymoe.inference.opening import open_model
 from raymoe.inference.policies import DEFAULT_POLICY, policy_by_name
 from raymoe.inference.predictors import predictors_by_name
@@ -61,6 +62,7 @@ class InferenceEngine:
         remote: RemoteExperts | None = None,
         on_miss: str = "wait",
         expert_precision: str = "native",
+        arena: bool = False,
     ):
         """Loads the dense part of the model, allocates both caches and starts the generation thread.
 
@@ -85,6 +87,8 @@ class InferenceEngine:
             on_miss: "wait", or "send": a host computes the rows of an expert that is missing, where that is cheaper.
             expert_precision: "native", or lossy: "bf16", "int8" or "int4", whose file `raymoe experts` has put beside the
                 checkpoint. Hosts must hold the same.
+            arena: compute with one copy of all experts in the node's shared memory, which the first engine on the node makes, in
+                place of slots of its own; `expert_memory` then says nothing. On a CPU, and without hosts.
 
         Raises:
             ValueError: a family that cannot be served, an incomplete checkpoint, a precision whose file is missing or another
@@ -98,6 +102,8 @@ class InferenceEngine:
         if opened.warning is not None:
             _log.warning("%s", opened.warning)
         self._config = loaded.config.get_text_config()
+        if arena and (remote is not None or device != "cpu"):
+            raise ValueError("arena: it is for engines on CPUs, and without expert_hosts; leave one of the two out")
         self._remote, node = remote, None
         tiers: dict[str, ExpertSource] = {}
         if remote is not None:
@@ -106,6 +112,9 @@ class InferenceEngine:
         self._node = node
         self._tiers = Tiers(tiers | opened.tiers)
         self._eviction = eviction
+        self._arena = None
+        if arena:
+            self._arena = shared_arena(opened.files.fingerprint(), opened.precision, form, self._tiers)
         rates = self._tiers.measure(form.numel, form.num_experts, form.dtype)
         self.cache = ExpertCache(
             self._tiers,
@@ -117,6 +126,7 @@ class InferenceEngine:
             device=device,
             policy=policy_by_name(eviction),
             readers=expert_readers,
+            arena=None if self._arena is None else self._arena.slots.view(form.dtype),
         )
         nearest = next(iter(rates.values()), None)
         self._foresight = Foresight(
@@ -311,6 +321,7 @@ class InferenceEngine:
             "hit_rate": total.hit_rate,
             "tiers": [asdict(tier) | {"rate": tier.rate and tier.rate._asdict()} for tier in self._tiers.stats()],
             "tier_facts": self._tiers.facts(),
+            "arena": self._arena.facts() if self._arena is not None else None,
             "sent": self._sending.facts() if self._sending is not None else None,
             "prediction": self._foresight.report(),
             "grouping": self._batcher.scheduler.stats(),
@@ -333,6 +344,8 @@ class InferenceEngine:
             self._remote.close()
         if self._node is not None:
             self._node.close()
+        if self._arena is not None:
+            self._arena.close()
         self._deliveries.fail_all("the engine was closed")
 
     def _step_begins(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

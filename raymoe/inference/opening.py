@@ -11,12 +11,12 @@ from raymoe.inference.expert_form import ExpertForm
 from raymoe.inference.lossy import lossy_line
 from raymoe.inference.precision_file import EncodedTier, PrecisionTier, precision_path
 from raymoe.inference.tiers import CheckpointTier, ExpertSource
-from raymoe.models import MoELayer, load_without_experts
+from raymoe.models import ExpertFiles, MoELayer, load_without_experts
 
 
 class OpenedModel(NamedTuple):
     model: PreTrainedModel
-    layers: list[MoELayer]
+    files: ExpertFiles
     precision: Precision
     form: ExpertForm
     """Of experts in slots."""
@@ -24,6 +24,11 @@ class OpenedModel(NamedTuple):
     """Of files, nearest first, by the names that statistics use."""
     loss: dict[str, Any]
     """What the precision costs, as measured when its file was made; nothing if it is native."""
+
+    @property
+    def layers(self) -> list[MoELayer]:
+        """The model's MoE layers."""
+        return self.files.layers
 
     @property
     def warning(self) -> str | None:
@@ -48,8 +53,8 @@ def open_model(
     model, files = load_without_experts(path, dtype, device, direct_io=direct_io)
     form = ExpertForm(files.layers, wanted, dtype)
     if not wanted.is_lossy:
-        return OpenedModel(model, files.layers, wanted, form, {"file": CheckpointTier(files)}, {})
+        return OpenedModel(model, files, wanted, form, {"file": CheckpointTier(files)}, {})
     held = PrecisionTier(precision_path(path, wanted), files, wanted, direct_io=direct_io)
     # the checkpoint itself answers where that file fails
     tiers: dict[str, ExpertSource] = {wanted.kind: held, "file": EncodedTier(files, wanted)}
-    return OpenedModel(model, files.layers, wanted, form, tiers, held.loss)
+    return OpenedModel(model, files, wanted, form, tiers, held.loss)

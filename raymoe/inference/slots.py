@@ -46,6 +46,14 @@ class SlotPool:
         self.limit = now
         """Slots that may be in use."""
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> "SlotPool":
+        """Slots of memory that is there and stays: all of them are taken, for good."""
+        pool = cls.__new__(cls)
+        pool.tensor, pool._most, pool.limit = tensor, len(tensor), len(tensor)
+        pool._stride_bytes, pool._free = tensor.stride(0) * tensor.itemsize, []
+        return pool
+
     @property
     def in_use(self) -> int:
         """Slots that are taken."""

@@ -56,6 +56,7 @@ class Engine:
             remote=remote,
             on_miss=config.on_miss,
             expert_precision=config.expert_precision,
+            arena=config.arena,
             decode=decoder(AutoTokenizer.from_pretrained(config.model, local_files_only=True)),
         )
 

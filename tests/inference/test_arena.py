@@ -137,7 +137,7 @@ def test_a_mapping_cannot_be_written_by_python(model):
     with (
         warnings.catch_warnings(),
         ArenaTier.create(layers, dtype=torch.float32) as arena,
-        ArenaTier.attach(arena.handle, layers, is_pinnable=True) as pinnable,
+        ArenaTier.attach(arena.handle, layers, is_writable=True) as pinnable,
     ):
         warnings.simplefilter("error")
         with ArenaTier.attach(arena.handle, layers), open("/proc/self/maps") as file:
