@@ -109,6 +109,7 @@ class ExpertHost:
             changes=changes,
             held=holding.held() if changes != known_changes else None,
             speed=self._speed,
+            call_bytes=holding.call_bytes,
             is_settled=holding.is_settled,
             facts=holding.facts(),
         )

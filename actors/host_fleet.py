@@ -298,7 +298,7 @@ class HostFleet:
 
     def _publish(self) -> None:
         entries = [
-            HostEntry(m.number, m.state.node, m.actor, m.state.handle, m.held, m.state.speed)
+            HostEntry(m.number, m.state.node, m.actor, m.state.handle, m.held, m.state.speed, m.state.call_bytes)
             for m in self._members.values()
             if m.state is not None and m.held is not None
         ]

@@ -128,14 +128,14 @@ class InferenceEngine:
             readers=expert_readers,
             arena=None if self._arena is None else self._arena.slots.view(form.dtype),
         )
-        nearest = next(iter(rates.values()), None)
+        fastest_s = min((rate.read_s for rate in rates.values()), default=1e-3)
         self._foresight = Foresight(
             self.cache,
             predictors_by_name(predictors, Path(model), layers, vocab_size=self._config.vocab_size),
             num_experts=form.num_experts,
             expert_bytes=form.expert_bytes,
             policy=policy_by_name(eviction),
-            fetch_s=nearest.seconds(self.cache.slot_bytes) if nearest is not None else 1e-3,
+            fetch_s=fastest_s,
         )
         self._routes = LastPaths(len(layers), max(form.num_experts), residents=self.cache.residents)
         self._sending: Sending | None = None

@@ -110,6 +110,12 @@ class Holding:
         return None if self._shared is None else self._shared.handle
 
     @property
+    def call_bytes(self) -> tuple[int, int]:
+        """That one row takes there and back, and that the largest expert takes: what calls carry."""
+        width = max(self._width(layer) for layer in range(len(self.layers)))
+        return 2 * width * self._dtype.itemsize, max(self._numel) * self._pool.itemsize
+
+    @property
     def num_experts(self) -> list[int]:
         """Of each MoE layer."""
         return list(self._num_experts)
@@ -204,8 +210,7 @@ class Holding:
         if key is None:
             return None
         layer, expert = key
-        down = self._weights[layer].down
-        width = down.shape[2 if self.layers[layer].spec.is_transposed else 1]
+        width = self._width(layer)
         times = []
         for count in (1, 1 + _MEASURED_ROWS):
             rows = bytes_of(torch.zeros(count, width, dtype=self._dtype))
@@ -237,6 +242,11 @@ class Holding:
         self._pool = torch.empty(0, 0)
         if self._shared is not None:
             self._shared.close()
+
+    def _width(self, layer: int) -> int:
+        """Of a layer's rows."""
+        down = self._weights[layer].down
+        return down.shape[2 if self.layers[layer].spec.is_transposed else 1]
 
     def _slots_for(self, memory: str | int, stride_bytes: int) -> int:
         total = sum(self._num_experts)

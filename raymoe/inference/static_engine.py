@@ -115,7 +115,6 @@ class StaticEngine:
         )
         self._expert_bytes = form.expert_bytes[first:]
         self._rows = RoutedRows(self.cache, form, first)
-        rate = next(iter(rates.values()), None)
         try:
             self._rows.foresight = Foresight(
                 cast(ExpertCache, self._rows.decoder_cache),
@@ -123,7 +122,7 @@ class StaticEngine:
                 num_experts=form.num_experts[first:],
                 expert_bytes=self._expert_bytes,
                 policy=policy_by_name(eviction),
-                fetch_s=rate.seconds(self.cache.slot_bytes) if rate is not None else 1e-3,
+                fetch_s=min((rate.read_s for rate in rates.values()), default=1e-3),
             )
         except BaseException:
             self.cache.close()
