@@ -25,13 +25,13 @@ class ExpertDirectory:
 
     Args:
         model: the checkpoint, where all nodes see it.
-        dtype: that experts are held in, a name of torch's.
+        dtype, precision: of the computation, a name of torch's, and of experts.
         variables: of the hosts' environment.
     """
 
-    def __init__(self, model: Path, config: ExpertHostsConfig, dtype: str, variables: dict[str, str]):
+    def __init__(self, model: Path, config: ExpertHostsConfig, dtype: str, precision: str, variables: dict[str, str]):
         logging.basicConfig(level=env.log_level())
-        self._fleet = HostFleet(model, config, dtype, variables)
+        self._fleet = HostFleet(model, config, dtype, precision, variables)
 
     def __repr__(self) -> str:
         return "ExpertDirectory"
@@ -71,7 +71,13 @@ class ExpertDirectory:
 
 
 def start_directory(
-    name: str, model: Path, config: ExpertHostsConfig, dtype: str, variables: dict[str, str] | None = None
+    name: str,
+    model: Path,
+    config: ExpertHostsConfig,
+    dtype: str,
+    variables: dict[str, str] | None = None,
+    *,
+    precision: str = "native",
 ) -> ActorHandle:
     """Starts the directory `name` and with it the hosts; all end with the calling process, or when the handle goes.
 
@@ -81,7 +87,9 @@ def start_directory(
     until_s = time.monotonic() + _NAME_S
     while True:
         try:
-            return ExpertDirectory.options(name=name, namespace=NAMESPACE).remote(model, config, dtype, variables or {})
+            return ExpertDirectory.options(name=name, namespace=NAMESPACE).remote(
+                model, config, dtype, precision, variables or {}
+            )
         except ValueError:
             # that of an owner who has just ended
             if time.monotonic() > until_s:

@@ -27,26 +27,32 @@ class ExpertHost:
         number: by which the directory knows it.
         model: the checkpoint, where its node sees it.
         memory: see `Holding`.
-        dtype: that experts are held in, a name of torch's.
+        dtype: of the engines' computation, a name of torch's.
+        precision: that experts are held in, as engines hold them.
     """
 
-    def __init__(self, number: int, model: Path, memory: str | int, dtype: str):
+    def __init__(self, number: int, model: Path, memory: str | int, dtype: str, precision: str):
         # not at the top: who makes hosts must not wait for torch
         import torch
 
         from raymoe.inference.holding import Holding
-        from raymoe.inference.tiers import CheckpointTier
-        from raymoe.models import load_without_experts
+        from raymoe.inference.opening import open_model
+        from raymoe.inference.tiers import Tiers
 
         logging.basicConfig(level=env.log_level())
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
         self._number = number
         device = "cuda" if ray.get_gpu_ids() else "cpu"
-        loaded, files = load_without_experts(model, getattr(torch, dtype), direct_io=True)
+        opened = open_model(model, getattr(torch, dtype), direct_io=True, precision=precision)
         # the layers know the model that they belong to, and it is nobody's here
-        torch.nn.Module.to(loaded, "meta")
+        torch.nn.Module.to(opened.model, "meta")
         self._holding = Holding(
-            files.layers, CheckpointTier(files), memory=memory, dtype=getattr(torch, dtype), device=device
+            opened.layers,
+            Tiers(opened.tiers),
+            memory=memory,
+            dtype=getattr(torch, dtype),
+            precision=opened.precision,
+            device=device,
         )
         self._speed: tuple[float, float] | None = None
 
@@ -103,6 +109,7 @@ class ExpertHost:
             changes=changes,
             held=holding.held() if changes != known_changes else None,
             speed=self._speed,
+            call_bytes=holding.call_bytes,
             is_settled=holding.is_settled,
             facts=holding.facts(),
         )

@@ -26,7 +26,6 @@ logger = logging.getLogger("raymoe")
 _LOOK_S = 0.25
 _ANSWER_S = 5.0
 _FIRST_REST_S, _LONGEST_REST_S = 1.0, 30.0
-_WAY_BYTES = (1_000, 1_000_000)
 _ECHOES = 4
 
 
@@ -231,7 +230,8 @@ class HostClient:
             if host.number in self._ways or host.number in self._gone:
                 continue
             times: dict[int, list[float]] = {}
-            for num_bytes in _WAY_BYTES:
+            # large and small answers travel differently: what counts is how those do that there will be
+            for num_bytes in host.call_bytes:
                 payload = np.zeros(num_bytes // 2, dtype=np.uint8)
                 for _ in range(_ECHOES):
                     began_s = time.perf_counter()
@@ -240,7 +240,7 @@ class HostClient:
                     except HostUnreachable:
                         return
                     times.setdefault(num_bytes, []).append(time.perf_counter() - began_s)
-            self._ways[host.number] = fit({size: [median(found)] for size, found in times.items()})
+            self._ways[host.number] = fit({size: [median(found[1:])] for size, found in times.items()})
 
 
 class _Sent:

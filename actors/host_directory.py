@@ -24,6 +24,8 @@ class HostState(NamedTuple):
     """bool [L, E]; None: as at the number of changes that the caller knows."""
     speed: tuple[float, float] | None
     """Seconds to compute with an expert, and for each of its rows."""
+    call_bytes: tuple[int, int]
+    """Of a row there and back, and of the largest expert."""
     is_settled: bool
     facts: dict[str, Any]
 
@@ -40,6 +42,8 @@ class HostEntry:
     """bool [L, E]."""
     speed: tuple[float, float] | None
     """Seconds to compute with an expert, and for each of its rows."""
+    call_bytes: tuple[int, int]
+    """See `HostState`."""
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,10 @@ class _Member:
 class HostFleet:
     """Keeps as many hosts as are wanted, and the directory of them. Owned by one process: the hosts end with it."""
 
-    def __init__(self, model: Path, config: ExpertHostsConfig, dtype: str, variables: dict[str, str]):
+    def __init__(self, model: Path, config: ExpertHostsConfig, dtype: str, precision: str, variables: dict[str, str]):
         """Starts a thread that does it all; `directory` has no hosts before the first is there."""
-        self._model, self._config, self._dtype, self._variables = model, config, dtype, variables
+        self._model, self._config, self._variables = model, config, variables
+        self._dtype, self._precision = dtype, precision
         self._lock = threading.Lock()
         self._count = config.count
         self._members: dict[int, _Member] = {}
@@ -163,7 +164,7 @@ class HostFleet:
                     num_gpus=config.num_gpus,
                     scheduling_strategy="SPREAD",
                     runtime_env={"env_vars": self._variables},
-                ).remote(self._next, self._model, config.memory_each, self._dtype)
+                ).remote(self._next, self._model, config.memory_each, self._dtype, self._precision)
                 with self._lock:
                     self._members[self._next] = _Member(self._next, actor)
                 self._next += 1
@@ -297,7 +298,7 @@ class HostFleet:
 
     def _publish(self) -> None:
         entries = [
-            HostEntry(m.number, m.state.node, m.actor, m.state.handle, m.held, m.state.speed)
+            HostEntry(m.number, m.state.node, m.actor, m.state.handle, m.held, m.state.speed, m.state.call_bytes)
             for m in self._members.values()
             if m.state is not None and m.held is not None
         ]

@@ -116,6 +116,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the first input; each further one has the next.")] = 0,
     text_field: Annotated[str, typer.Option(help="JSONL key or Parquet column that holds the input.")] = "text",
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights and computation.")] = "float32",
+    expert_precision: Annotated[
+        str, typer.Option(help="native (exact), or what `raymoe experts` has made: bf16, int8, int4, int4:32.")
+    ] = "native",
     predictors: Annotated[
         str, typer.Option(help="What foretells experts: look_ahead,token_table,transitions,path, or nothing.")
     ] = "look_ahead,token_table,path",
@@ -126,7 +129,7 @@ def generate(
     from raymoe.commands.generate import generate as run
 
     run(model, data, out, expert_memory=expert_memory, batch=batch, unit=unit, text_field=text_field, dtype=dtype,
-        predictors=[name.strip() for name in predictors.split(",") if name.strip()],
+        expert_precision=expert_precision, predictors=[name.strip() for name in predictors.split(",") if name.strip()],
         drawing=Drawing(max_new_tokens, temperature, top_p, top_k, seed), console=shown_console(), command=shown_command(),
         json=json)  # fmt: skip
 
@@ -148,6 +151,26 @@ def trace(
 
     run(model, data, output, ranks=ranks, batch=batch, sequence_length=sequence_length, steps=steps, seed=seed,
         console=shown_console(), command=shown_command(), json=json)  # fmt: skip
+
+
+@app.command()
+def experts(
+    model: Annotated[Path, typer.Argument(help="Hugging Face directory.")],
+    precision: Annotated[str, typer.Option(help="bf16, int8, int4, or int4:32 with the size of a group.")],
+    data: Annotated[
+        str | None, typer.Option(help="Text that the model was not trained on; its loss is measured on it.")
+    ] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Of the text.")] = 32,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 256,
+    expert_memory: Annotated[str, typer.Option(help="For experts while that is measured.")] = "50%",
+    seed: int = 0,
+    json: Json = None,
+) -> None:
+    """Put MODEL's experts in fewer bits beside the checkpoint, for `expert_precision`, and measure what that loses."""
+    from raymoe.commands.experts import make_experts
+
+    make_experts(model, precision, data, sequences=sequences, sequence_length=sequence_length, expert_memory=expert_memory,
+        seed=seed, console=shown_console(), command=shown_command(), json=json)  # fmt: skip
 
 
 app.command(name="plan", help=PLAN_HELP)(plan_command)

@@ -73,6 +73,7 @@ def generate(
     text_field: str,
     dtype: str,
     predictors: Sequence[str] = DEFAULT_PREDICTORS,
+    expert_precision: str = "native",
     console: Console,
     command: str,
     json: Path | None,
@@ -88,6 +89,7 @@ def generate(
         out: JSONL: {"input": file:line, "text", "num_tokens", "finish_reason"}.
         batch, unit: inputs a forward pass holds, and batches that decode side by side.
         predictors: names of `raymoe.inference.predictors.NAMES`.
+        expert_precision: that experts are kept in, see `raymoe.config.precision`.
         command: the command line, for `json`.
 
     Raises:
@@ -105,11 +107,19 @@ def generate(
         inputs = read_inputs(data, text_field, tokenizer, drawing.seed)
         say(f"{len(inputs):,} with {sum(len(given.tokens) for given in inputs):,} tokens")
     with stage(console, "model") as say:
-        engine = StaticEngine(model, expert_memory=expert_memory, dtype=dtype, predictors=predictors)
+        engine = StaticEngine(
+            model,
+            expert_memory=expert_memory,
+            dtype=dtype,
+            predictors=predictors,
+            expert_precision=expert_precision,
+        )
         say(
             f"{engine.facts['model_type']}, {engine.cache.num_slots} of {engine.cache.num_experts} experts in memory, "
             f"on {engine.facts['device']}"
         )
+    if engine.warning is not None:
+        console.print(engine.warning, style="yellow", highlight=False)
     with engine:
         engine.check(inputs, config)
         write = _Lines(tokenizer, inputs, is_continued=not engine.is_encoder_decoder)

@@ -8,6 +8,7 @@ from rich.console import Console
 from raymoe.commands.client import get_json
 from raymoe.commands.progress import stage
 from raymoe.config import ServeConfig
+from raymoe.inference.lossy import lossy_line
 from raymoe.serving.run import serving
 
 
@@ -18,7 +19,12 @@ def serve(config: ServeConfig, console: Console) -> None:
             url = stack.enter_context(serving(config))
             say(url)
         status = get_json(f"{url}/v1/raymoe/status")
-        console.print(describe_engine(status["engines"][0]), highlight=False)
+        engine = status["engines"][0]
+        console.print(describe_engine(engine), highlight=False)
+        if engine["expert_loss"] is not None:
+            console.print(
+                lossy_line(engine["expert_precision"], engine["expert_loss"]), style="yellow", highlight=False
+            )
         console.print(f"try: {url}/v1/models, {url}/v1/raymoe/status; Ctrl-C stops", highlight=False)
         threading.Event().wait()
 

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from raymoe.config.base import Strict
 from raymoe.config.expert_hosts import ExpertHostsConfig
 from raymoe.config.memory import parse_memory
+from raymoe.config.precision import Precision
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 
@@ -19,7 +20,12 @@ class ServeConfig(Strict):
     """What `/v1/models` calls it; default: the directory's name."""
     expert_memory: str | int = "50%"
     """Budget of the expert cache: a share of all experts ("50%") or bytes ("512MiB", 536870912)."""
+    arena: bool = False
+    """Engines on a node compute with one copy of all experts in its shared memory, in place of slots of their own. CPUs only."""
     dtype: Dtype = "float32"
+    expert_precision: str = "native"
+    """What experts are kept in: `native` (exact), or lossy, from a file that `raymoe experts MODEL` makes: `bf16`, `int8`, `int4`,
+    or `int4:32`, with the size of a group that shares a scale (32, 64, 128)."""
     engines: int = Field(default=1, ge=1)
     """`Engine` replicas."""
     max_batch_tokens: int = Field(default=512, ge=16)
@@ -82,6 +88,19 @@ class ServeConfig(Strict):
     def _parses(cls, value: str | int) -> str | int:
         parse_memory(value, total_bytes=1)
         return value
+
+    @field_validator("expert_precision")
+    @classmethod
+    def _is_one(cls, value: str) -> str:
+        return str(Precision.parse(value))
+
+    @model_validator(mode="after")
+    def _arena_is_alone(self) -> "ServeConfig":
+        others = {"num_gpus": self.num_gpus > 0, "expert_hosts": self.expert_hosts is not None}
+        others["expert_memory"] = "expert_memory" in self.model_fields_set
+        if self.arena and (other := next((name for name, is_set in others.items() if is_set), None)):
+            raise ValueError(f"arena: it holds all experts in the node's memory, for CPUs; leave {other} or arena out")
+        return self
 
     @model_validator(mode="after")
     def _send_has_hosts(self) -> "ServeConfig":

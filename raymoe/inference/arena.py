@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from raymoe.config import check_fits
-from raymoe.inference.expert_precision import ExpertCodec, Precision
+from raymoe.config.precision import Precision
+from raymoe.inference.expert_precision import ExpertCodec
 from raymoe.inference.memory_file import ArenaError, map_existing, map_new
 from raymoe.inference.tiers import ExpertSource, NotHeld
 from raymoe.models import MoELayer
@@ -66,13 +67,15 @@ class ArenaTier:
         dtype: torch.dtype,
         precision: Precision | None = None,
         experts: Iterable[Key] | None = None,
+        name: str = "arena",
     ) -> "ArenaTier":
         """Allocates an empty arena.
 
         Args:
             dtype: that experts are held in; with a lossy precision, their biases.
-            precision: default exact.
+            precision: default native.
             experts: (layer, expert) that it is for; None: all.
+            name: of the file in memory, by which `find_existing` finds it.
 
         Raises:
             ValueError: there is not the memory; says how much is wanted and how much there is.
@@ -83,26 +86,32 @@ class ArenaTier:
         codecs = [ExpertCodec(layer.layout, layer.spec, precision, dtype) for layer in layers]
         _, num_bytes = _places(codecs, layers, held)
         check_fits(f"the arena of {precision} experts", num_bytes)
-        number, memory = map_new("arena", num_bytes)
+        number, memory = map_new(name, num_bytes)
         inode = os.fstat(number).st_ino
-        name = str(dtype).removeprefix("torch.")
+        kind = str(dtype).removeprefix("torch.")
         return cls(
-            layers, number, ArenaHandle(os.getpid(), number, inode, num_bytes, str(precision), name, held), memory
+            layers, number, ArenaHandle(os.getpid(), number, inode, num_bytes, str(precision), kind, held), memory
         )
 
+    @staticmethod
+    def size(layers: Sequence[MoELayer], dtype: torch.dtype, precision: Precision) -> int:
+        """Bytes that an arena of all experts takes."""
+        codecs = [ExpertCodec(layer.layout, layer.spec, precision, dtype) for layer in layers]
+        return _places(codecs, layers, None)[1]
+
     @classmethod
-    def attach(cls, handle: ArenaHandle, layers: Sequence[MoELayer], *, is_pinnable: bool = False) -> "ArenaTier":
-        """Maps another process's arena, to read only.
+    def attach(cls, handle: ArenaHandle, layers: Sequence[MoELayer], *, is_writable: bool = False) -> "ArenaTier":
+        """Maps another process's arena, to read only unless told otherwise.
 
         Args:
             layers: of the same model.
-            is_pinnable: the mapping may be registered with CUDA, which asks for one that can be written.
+            is_writable: the mapping can be written: CUDA asks for that before it pins one, and so does `fill`.
 
         Raises:
             ArenaError: its maker has ended, or is another user's or in another container.
         """
         memory = map_existing(
-            "arena", handle.pid, handle.number, handle.inode, handle.num_bytes, is_writable=is_pinnable
+            "arena", handle.pid, handle.number, handle.inode, handle.num_bytes, is_writable=is_writable
         )
         return cls(layers, None, handle, memory)
 
@@ -122,8 +131,11 @@ class ArenaTier:
         """Experts that are there by now."""
         return int(self._is_filled.sum())
 
-    def fill(self, source: ExpertSource, experts: Iterable[Key] | None = None) -> int:
-        """Reads experts that are not there yet from the tier below; for the maker only, one thread at a time.
+    def fill(self, source: ExpertSource, experts: Iterable[Key] | None = None, *, is_stored: bool = False) -> int:
+        """Reads experts that are not there yet from the tier below; for one thread of one process at a time.
+
+        Args:
+            is_stored: the source delivers bytes as this precision stores them.
 
         Returns:
             Bytes that the source delivered.
@@ -137,7 +149,9 @@ class ArenaTier:
             if self._is_filled[index]:
                 continue
             stored, codec = self._stored(layer, expert), self._codecs[layer]
-            if codec.precision.kind == "exact":
+            if is_stored:
+                moved_bytes += source.read(layer, expert, stored)
+            elif codec.is_plain:
                 moved_bytes += source.read(layer, expert, stored.view(codec.dtype))
             else:
                 flat = torch.empty(codec.layout.numel, dtype=torch.float32)
@@ -163,16 +177,22 @@ class ArenaTier:
         """
         codec, count = self._codecs[layer], self._layers[layer].num_experts
         keys = [(layer, expert) for expert in range(count)]
-        if codec.precision.kind != "exact" or not all(
-            k in self._index and self._is_filled[self._index[k]] for k in keys
-        ):
-            raise ArenaError(f"arena: MoE layer {layer} is not there as a whole and exact; read its experts one by one")
-        stride = round_up(codec.num_bytes)
+        if codec.precision.is_lossy or not all(k in self._index and self._is_filled[self._index[k]] for k in keys):
+            raise ArenaError(
+                f"arena: MoE layer {layer} is not there as a whole and native; read its experts one by one"
+            )
+        stride = self.slots.shape[1]
         starts = [self._place[key] for key in keys]
         if starts != [starts[0] + stride * expert for expert in range(count)]:
             raise ArenaError(f"arena: the experts of MoE layer {layer} do not lie in order; read them one by one")
         whole = self._bytes[starts[0] : starts[0] + stride * count].view(count, stride)
         return whole[:, : codec.num_bytes].view(codec.dtype)
+
+    @property
+    def slots(self) -> Tensor:
+        """uint8 [experts, bytes of the largest, in whole blocks]: all, in the order of layers; never to be written."""
+        start, count = next(iter(self._place.values())), len(self._place)
+        return self._bytes[start:].view(count, -1)
 
     def facts(self) -> dict[str, Any]:
         """For an engine's statistics."""
@@ -206,10 +226,12 @@ def _places(
     """Where experts begin, each at a whole block so that direct I/O may write there, and the bytes of all."""
     keys = held if held is not None else [(i, e) for i, layer in enumerate(layers) for e in range(layer.num_experts)]
     position = max(BLOCK, round_up(len(keys)))
+    # all alike, so that they can be computed with as slots of one pool
+    stride = round_up(max(codec.num_bytes for codec in codecs))
     place = {}
     for layer, expert in keys:
         if not (0 <= layer < len(layers) and 0 <= expert < layers[layer].num_experts):
             raise ArenaError(f"arena: there is no expert {expert} in MoE layer {layer}")
         place[layer, expert] = position
-        position += round_up(codecs[layer].num_bytes)
+        position += stride
     return place, position

@@ -42,9 +42,11 @@ class ExpertCache:
         budget: str | int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        total_bytes: int | None = None,
         policy: Callable[[int, int], EvictionPolicy] = LeastRecentlyUsed,
         readers: int = 0,
         window_s: float = 1.0,
+        arena: torch.Tensor | None = None,
     ):
         """Reserves the pool and starts the reading threads.
 
@@ -52,11 +54,14 @@ class ExpertCache:
             source: the tiers below.
             numel: elements of one expert, for each MoE layer; a slot is as large as the largest.
             num_experts: experts of each MoE layer.
-            budget: bytes, or a share of what all experts would take, see `raymoe.config.parse_memory`.
+            budget: bytes, or a share of `total_bytes`, see `raymoe.config.parse_memory`.
+            total_bytes: what all experts would take; default: in slots of this size.
             policy: makes the eviction policy from (layers, slots).
             readers: threads that read while others compute; without any, who needs an expert reads it, and nothing is
                 fetched ahead.
             window_s: seconds that one point of `history` covers.
+            arena: [all experts, at least numel of the largest] where they are already, in the order of layers: computed with in
+                place of slots. Nothing is read, and there is no budget.
 
         Raises:
             ValueError: the budget does not hold one expert, or is more memory than the process may have.
@@ -66,15 +71,23 @@ class ExpertCache:
         self.num_experts = sum(num_experts)
         self._most_experts = max(num_experts)
         self.slot_bytes = max(numel) * dtype.itemsize
-        device, num_slots = torch.device(device), slots_for(budget, self.num_experts, self.slot_bytes)
-        if device.type == "cpu":
-            check_fits(f"expert_memory: {budget}", num_slots * self.slot_bytes)
-        self._slots = SlotPool(self.num_experts, num_slots, max(numel), dtype, device)
+        self._total_bytes = total_bytes or self.num_experts * self.slot_bytes
+        device = torch.device(device)
+        num_slots = self._slots_for(budget) if arena is None else self.num_experts
+        if arena is not None:
+            assert len(arena) == self.num_experts, "an arena holds all experts"
+            self._slots = SlotPool.of(arena)
+        else:
+            if device.type == "cpu":
+                check_fits(f"expert_memory: {budget}", num_slots * self.slot_bytes)
+            self._slots = SlotPool(self.num_experts, num_slots, max(numel), dtype, device)
+        self._has_arena = arena is not None
         self._order = CudaSlotOrder(num_slots, device) if device.type == "cuda" else SlotOrder()
         self._policy = policy(len(self._numel), num_slots)
         self._changed = threading.Condition()
-        self._slot: dict[Key, int] = {}
-        self._ready: set[Key] = set()
+        everyone = [(layer, expert) for layer, count in enumerate(num_experts) for expert in range(count)]
+        self._slot: dict[Key, int] = {key: slot for slot, key in enumerate(everyone)} if arena is not None else {}
+        self._ready: set[Key] = set(self._slot)
         self._pins: dict[Key, int] = {}
         self._demanded: dict[Key, None] = {}
         self._failed: dict[Key, BaseException] = {}
@@ -95,7 +108,7 @@ class ExpertCache:
 
     @property
     def num_slots(self) -> int:
-        """Experts that the budget allows."""
+        """Experts that the budget allows, or that are in the arena."""
         return self._slots.limit
 
     @property
@@ -195,7 +208,9 @@ class ExpertCache:
         Raises:
             ValueError: it does not hold one expert, is more memory than the process may have, or more than was set aside on a GPU.
         """
-        num_slots = slots_for(budget, self.num_experts, self.slot_bytes)
+        if self._has_arena:
+            raise ValueError("expert_memory: this engine computes with the node's arena, which holds all experts")
+        num_slots = self._slots_for(budget)
         with self._changed:
             if self.pool.device.type == "cpu":
                 held_bytes = self._slots.in_use * self.slot_bytes
@@ -335,6 +350,9 @@ class ExpertCache:
             self._changed.notify_all()
 
     # slots
+
+    def _slots_for(self, budget: str | int) -> int:
+        return slots_for(budget, self.num_experts, self.slot_bytes, self._total_bytes)
 
     def _slot_for(self, layer: int) -> int | None:
         slot = self._slots.take()

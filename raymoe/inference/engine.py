@@ -1,6 +1,7 @@
 """The engine: a model whose experts come through the cache, under continuous batching. A plain class, no Ray."""
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from raymoe.inference.deliveries import Deliveries, Request
 from raymoe.inference.experts import CachedExperts
 from raymoe.inference.foresight import Foresight
 from raymoe.inference.meter import Meter
+from raymoe.inference.node_arena import shared_arena
+from raymoe.inference.opening import open_model
 from raymoe.inference.policies import DEFAULT_POLICY, policy_by_name
 from raymoe.inference.predictors import predictors_by_name
 from raymoe.inference.remote import HostTier, NodeTier, RemoteExperts
@@ -28,8 +31,10 @@ from raymoe.inference.scheduler import GroupingOptions
 from raymoe.inference.sending import Sending
 from raymoe.inference.servable import end_tokens, refuse_unservable
 from raymoe.inference.text import StopWatch
-from raymoe.inference.tiers import CheckpointTier, ExpertSource, Tiers
-from raymoe.models import attach_runtime, load_without_experts, warm_up_layers
+from raymoe.inference.tiers import ExpertSource, Tiers
+from raymoe.models import attach_runtime, warm_up_layers
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_PREDICTORS = ("look_ahead", "token_table", "path")
 
@@ -56,6 +61,8 @@ class InferenceEngine:
         grouping: GroupingOptions | None = None,
         remote: RemoteExperts | None = None,
         on_miss: str = "wait",
+        expert_precision: str = "native",
+        arena: bool = False,
     ):
         """Loads the dense part of the model, allocates both caches and starts the generation thread.
 
@@ -78,62 +85,74 @@ class InferenceEngine:
                 stops where it does not pay.
             remote: hosts that hold experts; they are asked before the files. Closed together with the engine.
             on_miss: "wait", or "send": a host computes the rows of an expert that is missing, where that is cheaper.
+            expert_precision: "native", or lossy: "bf16", "int8" or "int4", whose file `raymoe experts` has put beside the
+                checkpoint. Hosts must hold the same.
+            arena: compute with one copy of all experts in the node's shared memory, which the first engine on the node makes, in
+                place of slots of its own; `expert_memory` then says nothing. On a CPU, and without hosts.
 
         Raises:
-            ValueError: a family that cannot be served, an incomplete checkpoint, or a budget below one expert.
+            ValueError: a family that cannot be served, an incomplete checkpoint, a precision whose file is missing or another
+                checkpoint's, or a budget below one expert.
         """
         self._started_s = time.monotonic()
         refuse_unservable(AutoConfig.from_pretrained(model, local_files_only=True))
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        loaded, files = load_without_experts(model, getattr(torch, dtype), device, direct_io=direct_io)
+        opened = open_model(model, getattr(torch, dtype), device, direct_io=direct_io, precision=expert_precision)
+        loaded, layers, form = opened.model, opened.layers, opened.form
+        if opened.warning is not None:
+            _log.warning("%s", opened.warning)
         self._config = loaded.config.get_text_config()
-        numel = [layer.layout.numel for layer in files.layers]
-        num_experts = [layer.num_experts for layer in files.layers]
+        if arena and (remote is not None or device != "cpu"):
+            raise ValueError("arena: it is for engines on CPUs, and without expert_hosts; leave one of the two out")
         self._remote, node = remote, None
         tiers: dict[str, ExpertSource] = {}
         if remote is not None:
             node = tiers["node"] = NodeTier(remote)
-            tiers["hosts"] = HostTier(remote, numel, getattr(torch, dtype))
+            tiers["hosts"] = HostTier(remote, form.numel, form.dtype)
         self._node = node
-        self._tiers = Tiers(tiers | {"file": CheckpointTier(files)})
+        self._tiers = Tiers(tiers | opened.tiers)
         self._eviction = eviction
-        rates = self._tiers.measure(numel, num_experts, getattr(torch, dtype))
+        self._arena = None
+        if arena:
+            self._arena = shared_arena(opened.files.fingerprint(), opened.precision, form, self._tiers)
+        rates = self._tiers.measure(form.numel, form.num_experts, form.dtype)
         self.cache = ExpertCache(
             self._tiers,
-            numel=numel,
-            num_experts=num_experts,
+            numel=form.numel,
+            num_experts=form.num_experts,
             budget=expert_memory,
-            dtype=getattr(torch, dtype),
+            total_bytes=form.native_bytes,
+            dtype=form.dtype,
             device=device,
             policy=policy_by_name(eviction),
             readers=expert_readers,
+            arena=None if self._arena is None else self._arena.slots.view(form.dtype),
         )
-        nearest = next(iter(rates.values()), None)
+        fastest_s = min((rate.read_s for rate in rates.values()), default=1e-3)
         self._foresight = Foresight(
             self.cache,
-            predictors_by_name(predictors, Path(model), files.layers, vocab_size=self._config.vocab_size),
-            num_experts=num_experts,
-            expert_bytes=[count * getattr(torch, dtype).itemsize for count in numel],
+            predictors_by_name(predictors, Path(model), layers, vocab_size=self._config.vocab_size),
+            num_experts=form.num_experts,
+            expert_bytes=form.expert_bytes,
             policy=policy_by_name(eviction),
-            fetch_s=nearest.seconds(self.cache.slot_bytes) if nearest is not None else 1e-3,
+            fetch_s=fastest_s,
         )
-        self._routes = LastPaths(
-            len(files.layers), max(layer.num_experts for layer in files.layers), residents=self.cache.residents
-        )
+        self._routes = LastPaths(len(layers), max(form.num_experts), residents=self.cache.residents)
         self._sending: Sending | None = None
         if on_miss == "send":
             if remote is None or node is None:
                 raise ValueError("on_miss: 'send' needs hosts that hold experts; set expert_hosts, or on_miss: wait")
-            expert_bytes = [count * getattr(torch, dtype).itemsize for count in numel]
-            self._sending = Sending(remote, node, self.cache, expert_bytes, len(files.layers))
-        attach_runtime(loaded, CachedExperts(self.cache, files.layers, self._note_routes, self._sending))
-        warm_up_layers(files.layers, getattr(torch, dtype), torch.device(device), is_training=False)
+            self._sending = Sending(remote, node, self.cache, form.expert_bytes, len(layers))
+        attach_runtime(loaded, CachedExperts(self.cache, form, self._note_routes, self._sending))
+        warm_up_layers(layers, getattr(torch, dtype), torch.device(device), is_training=False)
         self._stop_ids = end_tokens(loaded.generation_config.eos_token_id, self._config.eos_token_id)
         self._facts = {
             "model_type": loaded.config.model_type,
             "dtype": dtype,
             "device": device,
-            "moe_layers": len(files.layers),
+            "moe_layers": len(layers),
+            "expert_precision": str(opened.precision),
+            "expert_loss": opened.loss or None,
             "num_experts": self.cache.num_experts,
             "expert_bytes": self.cache.slot_bytes,
         }
@@ -302,6 +321,7 @@ class InferenceEngine:
             "hit_rate": total.hit_rate,
             "tiers": [asdict(tier) | {"rate": tier.rate and tier.rate._asdict()} for tier in self._tiers.stats()],
             "tier_facts": self._tiers.facts(),
+            "arena": self._arena.facts() if self._arena is not None else None,
             "sent": self._sending.facts() if self._sending is not None else None,
             "prediction": self._foresight.report(),
             "grouping": self._batcher.scheduler.stats(),
@@ -324,6 +344,8 @@ class InferenceEngine:
             self._remote.close()
         if self._node is not None:
             self._node.close()
+        if self._arena is not None:
+            self._arena.close()
         self._deliveries.fail_all("the engine was closed")
 
     def _step_begins(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

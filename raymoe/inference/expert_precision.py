@@ -4,46 +4,17 @@ Lossy, and so for who asks for it. `measure_loss` says what it costs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from raymoe.config.precision import Precision
 from raymoe.kernels import ExpertSpec, expert_rows, plan, quantize_experts
 from raymoe.models import ExpertField, ExpertLayout, MoELayer, weights_of
 
 _ALIGN = 64
 _CACHED_ELEMENTS = 2**16
-_GROUPS = (32, 64, 128)
-
-
-@dataclass(frozen=True)
-class Precision:
-    """What a tier holds an expert's weights as; biases stay as they are."""
-
-    kind: str = "exact"
-    """exact | int8 | int4."""
-    group: int = 64
-    """Of int4: weights along a row that share a scale."""
-
-    @classmethod
-    def parse(cls, text: str) -> "Precision":
-        """`exact`, `int8`, `int4`, or `int4:32` with the size of a group.
-
-        Raises:
-            ValueError: none of these.
-        """
-        kind, colon, group = text.partition(":")
-        if kind in ("exact", "int8") and not colon:
-            return cls(kind)
-        if kind == "int4" and (not colon or (group.isdigit() and int(group) in _GROUPS)):
-            return cls(kind, int(group) if colon else cls.group)
-        sizes = ", ".join(f"int4:{size}" for size in _GROUPS)
-        raise ValueError(f"expert precision is '{text}'; use exact, int8, int4, or with the size of a group {sizes}")
-
-    def __str__(self) -> str:
-        return f"int4:{self.group}" if self.kind == "int4" else self.kind
 
 
 class _Stored(NamedTuple):
@@ -63,11 +34,14 @@ class ExpertCodec:
     """
 
     def __init__(self, layout: ExpertLayout, spec: ExpertSpec, precision: Precision, dtype: torch.dtype):
-        """`dtype`: that biases are held in, and exact experts as a whole."""
-        self.layout, self.spec, self.precision, self.dtype = layout, spec, precision, dtype
+        """`dtype`: that biases are held in, and native experts as a whole."""
+        self.layout, self.spec, self.precision = layout, spec, precision
+        self.dtype = torch.bfloat16 if precision.kind == "bf16" else dtype
+        self.is_plain = precision.kind in ("native", "bf16")
+        """A stored expert is the flat one in `dtype`."""
         self._fields: list[_Stored] = []
         position = 0
-        for field in layout.fields if precision.kind != "exact" else ():
+        for field in layout.fields if not self.is_plain else ():
             is_weight = len(field.shape) == 2
             rows, columns = self._rows_of(field) if is_weight else (0, 0)
             groups = -(-columns // precision.group)
@@ -82,12 +56,12 @@ class ExpertCodec:
                 spans.append(slice(position, position + size))
                 position += -(-size // _ALIGN) * _ALIGN
             self._fields.append(_Stored(field, is_weight, *spans))
-        self.num_bytes = position if precision.kind != "exact" else layout.numel * dtype.itemsize
+        self.num_bytes = layout.numel * self.dtype.itemsize if self.is_plain else position
         """Of a stored expert."""
 
     def encode(self, flat: Tensor, out: Tensor) -> None:
         """Stores `flat` [numel], a floating-point dtype, in `out` [num_bytes] uint8, both contiguous and on the CPU."""
-        if self.precision.kind == "exact":
+        if self.is_plain:
             out.view(self.dtype).copy_(flat)
             return
         out.zero_()
@@ -109,7 +83,7 @@ class ExpertCodec:
 
     def decode(self, stored: Tensor, flat: Tensor) -> None:
         """Fills `flat` [numel], of any floating-point dtype and device, from [num_bytes] uint8; padding is left alone."""
-        if self.precision.kind == "exact":
+        if self.is_plain:
             flat.copy_(stored.view(self.dtype))
             return
         stored = stored.to(flat.device)

@@ -9,9 +9,10 @@ from contextlib import closing
 from torch import Tensor
 
 from raymoe.inference.cache import ExpertCache
+from raymoe.inference.expert_form import ExpertForm
 from raymoe.inference.sending import Sending
 from raymoe.kernels import Plan, combine, expert_rows, plan
-from raymoe.models import MoELayer, weights_of
+from raymoe.models import MoELayer
 
 
 class CachedExperts:
@@ -24,12 +25,13 @@ class CachedExperts:
     def __init__(
         self,
         cache: ExpertCache,
-        layers: list[MoELayer],
+        form: ExpertForm,
         routed: Callable[[int, Tensor, Tensor, list[int]], None] | None = None,
         sending: Sending | None = None,
     ):
         """
         Args:
+            form: of the experts in the cache's slots.
             routed: told of each layer's choices while experts are fetched, before they are computed: (layer, hidden [T, H],
                 expert_index [T, K], the distinct experts in it).
             sending: has hosts compute the rows of experts that are missing, where it finds that cheaper.
@@ -37,7 +39,7 @@ class CachedExperts:
         self._cache = cache
         self._routed = routed
         self._sending = sending
-        self._weights = [weights_of(layer, layer.layout.views(cache.pool[:, : layer.layout.numel])) for layer in layers]
+        self._weights = form.weights(cache.pool)
 
     def __call__(self, layer: MoELayer, hidden: Tensor, expert_index: Tensor, expert_weight: Tensor) -> Tensor:
         """(layer, hidden [T, H], expert_index [T, K] int64, expert_weight [T, K]) -> [T, H] in hidden's dtype."""
@@ -59,6 +61,17 @@ class CachedExperts:
     def _compute(
         self, layer: MoELayer, hidden: Tensor, routed: Plan, groups: Iterable[tuple[list[int], list[int]]], out: Tensor
     ) -> None:
-        gate_up, down, biases = self._weights[layer.index]
+        gate_up, down, biases, scales = self._weights[layer.index]
         for experts, slots in groups:
-            expert_rows(hidden, gate_up, down, routed, experts, slots=slots, out=out, spec=layer.spec, biases=biases)
+            expert_rows(
+                hidden,
+                gate_up,
+                down,
+                routed,
+                experts,
+                slots=slots,
+                out=out,
+                spec=layer.spec,
+                biases=biases,
+                scales=scales,
+            )

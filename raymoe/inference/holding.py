@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from raymoe.config import check_fits, parse_memory
+from raymoe.config.precision import Precision
 from raymoe.inference.eviction import Key
+from raymoe.inference.expert_form import ExpertForm
 from raymoe.inference.remote import Parcel, bytes_of
 from raymoe.inference.shared_slots import SharedSlots
 from raymoe.inference.slots_handle import SlotsHandle, slot_bytes
 from raymoe.inference.tiers import ExpertSource, NotHeld
 from raymoe.kernels import expert_rows, plan
-from raymoe.models import MoELayer, weights_of
+from raymoe.models import MoELayer
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class Holding:
         *,
         memory: str | int,
         dtype: torch.dtype,
+        precision: Precision | None = None,
         device: torch.device | str = "cpu",
     ):
         """Allocates the memory and starts the thread that reads experts into it.
@@ -62,25 +65,28 @@ class Holding:
         Args:
             source: the tier below, the checkpoint's files.
             memory: a share of what all experts take, or bytes, see `raymoe.config.parse_memory`.
-            dtype: that experts are held in.
+            dtype: of the computation.
+            precision: that experts come in, default native; held as engines hold them (`ExpertForm`), so either can compute.
 
         Raises:
             ValueError: the memory does not hold one expert, or is more than the process may have.
         """
-        self.layers, self.dtype, self.device = list(layers), dtype, torch.device(device)
-        self._source = source
-        self._numel = [layer.layout.numel for layer in layers]
-        self._num_experts = [layer.num_experts for layer in layers]
-        stride_bytes = slot_bytes(self._numel, dtype.itemsize)
+        self.layers, self.device = list(layers), torch.device(device)
+        self._source, self._dtype = source, dtype
+        form = ExpertForm(layers, precision or Precision(), dtype)
+        self._numel, self._num_experts = form.numel, form.num_experts
+        stride_bytes = slot_bytes(self._numel, form.dtype.itemsize)
         num_slots = self._slots_for(memory, stride_bytes)
         self._shared: SharedSlots | None = None
         if self.device.type == "cpu":
             check_fits(f"expert_hosts.memory: {memory}", num_slots * stride_bytes)
-            self._shared = SharedSlots.create(num_slots, self._numel, self._num_experts, dtype)
+            self._shared = SharedSlots.create(num_slots, self._numel, self._num_experts, form.dtype)
             self._pool = self._shared.pool
         else:
-            self._pool = torch.zeros(num_slots, stride_bytes // dtype.itemsize, dtype=dtype, device=self.device)
-        self._weights = [weights_of(layer, layer.layout.views(self._pool[:, : layer.layout.numel])) for layer in layers]
+            self._pool = torch.zeros(
+                num_slots, stride_bytes // form.dtype.itemsize, dtype=form.dtype, device=self.device
+            )
+        self._weights = form.weights(self._pool)
         self.num_slots = num_slots
         self._changed = threading.Condition()
         self._wanted: dict[Key, None] = {}
@@ -102,6 +108,12 @@ class Holding:
     def handle(self) -> SlotsHandle | None:
         """For engines on this node; None in a GPU's memory."""
         return None if self._shared is None else self._shared.handle
+
+    @property
+    def call_bytes(self) -> tuple[int, int]:
+        """That one row takes there and back, and that the largest expert takes: what calls carry."""
+        width = max(self._width(layer) for layer in range(len(self.layers)))
+        return 2 * width * self._dtype.itemsize, max(self._numel) * self._pool.itemsize
 
     @property
     def num_experts(self) -> list[int]:
@@ -198,12 +210,11 @@ class Holding:
         if key is None:
             return None
         layer, expert = key
-        down = self._weights[layer][1]
-        width = down.shape[2 if self.layers[layer].spec.is_transposed else 1]
+        width = self._width(layer)
         times = []
         for count in (1, 1 + _MEASURED_ROWS):
-            rows = bytes_of(torch.zeros(count, width, dtype=self.dtype))
-            tries = [self.compute(layer, rows, self.dtype, [expert], [count]).seconds for _ in range(4)]
+            rows = bytes_of(torch.zeros(count, width, dtype=self._dtype))
+            tries = [self.compute(layer, rows, self._dtype, [expert], [count]).seconds for _ in range(4)]
             times.append(min(tries))
         return times[0], max(0.0, times[1] - times[0]) / _MEASURED_ROWS
 
@@ -214,7 +225,7 @@ class Holding:
                 "slots": self.num_slots,
                 "wanted": len(self._wanted),
                 "held": len(self._crc32),
-                "bytes": self.num_slots * self._pool.stride(0) * self.dtype.itemsize,
+                "bytes": self.num_slots * self._pool.stride(0) * self._pool.itemsize,
                 "device": str(self.device),
                 **self._counts,
                 "compute_s": round(self._compute_s, 6),
@@ -232,6 +243,11 @@ class Holding:
         if self._shared is not None:
             self._shared.close()
 
+    def _width(self, layer: int) -> int:
+        """Of a layer's rows."""
+        down = self._weights[layer].down
+        return down.shape[2 if self.layers[layer].spec.is_transposed else 1]
+
     def _slots_for(self, memory: str | int, stride_bytes: int) -> int:
         total = sum(self._num_experts)
         budget_bytes = parse_memory(memory, total * stride_bytes)
@@ -245,13 +261,15 @@ class Holding:
         self, layer: int, rows: Tensor, experts: Sequence[int], slots: Sequence[int], counts: Sequence[int]
     ) -> Tensor:
         moe = self.layers[layer]
-        gate_up, down, biases = self._weights[layer]
+        gate_up, down, biases, scales = self._weights[layer]
         # each row is a token with one choice; they come sorted, so the plan leaves them where they are
         chosen = torch.repeat_interleave(torch.tensor(experts), torch.tensor(counts)).to(self.device)
         routed = plan(chosen[:, None], moe.num_experts)
         hidden = rows.view(sum(counts), -1)
         out = torch.empty_like(hidden)
-        expert_rows(hidden, gate_up, down, routed, experts, slots=slots, out=out, spec=moe.spec, biases=biases)
+        expert_rows(
+            hidden, gate_up, down, routed, experts, slots=slots, out=out, spec=moe.spec, biases=biases, scales=scales
+        )
         return out
 
     # filling

@@ -3,6 +3,7 @@
 import errno
 import mmap
 import os
+from collections.abc import Iterator
 
 
 class ArenaError(ValueError):
@@ -27,6 +28,33 @@ def map_new(what: str, num_bytes: int) -> tuple[int, mmap.mmap]:
         if error.errno not in (errno.ENOMEM, errno.ENOSPC):
             raise
         raise ArenaError(f"{what}: no {num_bytes} bytes of shared memory to be had; give a smaller budget") from error
+
+
+def find_existing(what: str, num_bytes: int) -> Iterator[tuple[int, int, int]]:
+    """Files of that name and size that processes of this user have open, each once: (pid, descriptor there, inode)."""
+    seen = set()
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        for number in _listed(f"/proc/{process}/fd"):
+            link = f"/proc/{process}/fd/{number}"
+            try:
+                if os.readlink(link) != f"/memfd:raymoe-{what} (deleted)":
+                    continue
+                found = os.stat(link)
+            except OSError:
+                # closed meanwhile
+                continue
+            is_ours = found.st_uid == os.getuid() and found.st_size == num_bytes
+            if is_ours and found.st_ino not in seen:
+                seen.add(found.st_ino)
+                yield int(process), int(number), found.st_ino
+
+
+def _listed(folder: str) -> list[str]:
+    """Nothing of a process that is another user's, or has just ended."""
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 def map_existing(

@@ -9,20 +9,19 @@ from raymoe.config import parse_memory
 from raymoe.inference.pages import give_back
 
 
-def slots_for(budget: str | int, num_experts: int, expert_bytes: int) -> int:
-    """How many experts of `expert_bytes` fit a budget such as "50%" (of all experts) or "512MiB", at most all of them.
+def slots_for(budget: str | int, num_experts: int, expert_bytes: int, total_bytes: int) -> int:
+    """How many experts of `expert_bytes` fit a budget such as "50%" (of `total_bytes`) or "512MiB", at most all of them.
 
     Raises:
         ValueError: the budget is malformed, or holds not even one expert; names the smallest that does.
     """
-    total_bytes = num_experts * expert_bytes
     budget_bytes = parse_memory(budget, total_bytes)
     if budget_bytes < expert_bytes:
         # rounded up to three digits, so that the share named here is itself enough
         share = -(-100_000 * expert_bytes // total_bytes) / 1000
         raise ValueError(
             f"expert_memory: {budget} is {budget_bytes} bytes, less than one expert. The smallest budget that works is "
-            f"{expert_bytes} bytes, or {share:g}% of the {total_bytes} bytes that all {num_experts} experts take."
+            f"{expert_bytes} bytes, or {share:g}% of the {total_bytes} bytes that all {num_experts} experts take as they are."
         )
     return min(budget_bytes // expert_bytes, num_experts)
 
@@ -46,6 +45,14 @@ class SlotPool:
         self._free = list(range(self._most - 1, -1, -1))
         self.limit = now
         """Slots that may be in use."""
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "SlotPool":
+        """Slots of memory that is there and stays: all of them are taken, for good."""
+        pool = cls.__new__(cls)
+        pool.tensor, pool._most, pool.limit = tensor, len(tensor), len(tensor)
+        pool._stride_bytes, pool._free = tensor.stride(0) * tensor.itemsize, []
+        return pool
 
     @property
     def in_use(self) -> int:

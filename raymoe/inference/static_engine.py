@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from raymoe.inference.cache import ExpertCache
 from raymoe.inference.engine import DEFAULT_PREDICTORS
 from raymoe.inference.foresight import Foresight
+from raymoe.inference.opening import open_model
 from raymoe.inference.policies import DEFAULT_POLICY, policy_by_name
 from raymoe.inference.predictors import predictors_by_name
 from raymoe.inference.predictors.path_predictor import PathPredictor
@@ -23,8 +24,8 @@ from raymoe.inference.static_forward import DecoderForward, EncoderDecoderForwar
 from raymoe.inference.static_grouping import UnitOptions, UnitRoutes, UnitScheduler
 from raymoe.inference.static_sampling import Choosing, StaticSequence
 from raymoe.inference.static_unit import Unit, UnitCounters
-from raymoe.inference.tiers import CheckpointTier, Tiers
-from raymoe.models import attach_runtime, load_without_experts, warm_up_layers
+from raymoe.inference.tiers import Tiers
+from raymoe.models import attach_runtime, warm_up_layers
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class StaticEngine:
         direct_io: bool = True,
         eviction: str = DEFAULT_POLICY,
         predictors: Sequence[str] = DEFAULT_PREDICTORS,
+        expert_precision: str = "native",
     ):
         """Loads the dense part of the model.
 
@@ -78,15 +80,18 @@ class StaticEngine:
             eviction: name of the expert cache's policy, one of `raymoe.inference.policies.POLICIES`.
             predictors: names of `raymoe.inference.predictors.NAMES`, for the decoder; each judges itself, and rests where it does
                 not pay.
+            expert_precision: see `InferenceEngine`.
 
         Raises:
             ValueError: a family without experts that raymoe can reach, an incomplete checkpoint, a predictor that is unknown or
-                damaged, or a budget below one expert.
+                damaged, a precision whose file is missing or another checkpoint's, or a budget below one expert.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         torch_dtype = getattr(torch, dtype)
-        self._model, files = load_without_experts(model, torch_dtype, device, direct_io=direct_io)
-        layers = files.layers
+        opened = open_model(model, torch_dtype, device, direct_io=direct_io, precision=expert_precision)
+        self._model, layers, form = opened.model, opened.layers, opened.form
+        self.warning = opened.warning
+        """What a lossy precision costs, in a line."""
         first = sum(layer.name.startswith("encoder.") for layer in layers)
         self._decoder_layers = layers[first:]
         self._path = Path(model)
@@ -95,30 +100,29 @@ class StaticEngine:
         self._positions: int | None = getattr(config, "max_position_embeddings", None)
         self.is_encoder_decoder = bool(self._model.config.is_encoder_decoder)
         """Answers do not continue their inputs."""
-        numel, num_experts = [layer.layout.numel for layer in layers], [layer.num_experts for layer in layers]
-        tiers = Tiers({"file": CheckpointTier(files)})
-        tiers.measure(numel, num_experts, torch_dtype)
+        tiers = Tiers(opened.tiers)
+        rates = tiers.measure(form.numel, form.num_experts, form.dtype)
         self.cache = ExpertCache(
             tiers,
-            numel=numel,
-            num_experts=num_experts,
+            numel=form.numel,
+            num_experts=form.num_experts,
             budget=expert_memory,
-            dtype=torch_dtype,
+            total_bytes=form.native_bytes,
+            dtype=form.dtype,
             device=device,
             policy=policy_by_name(eviction),
             readers=expert_readers,
         )
-        self._expert_bytes = [count * torch_dtype.itemsize for count in numel[first:]]
-        self._rows = RoutedRows(self.cache, layers, first)
-        rate = tiers.stats()[-1].rate
+        self._expert_bytes = form.expert_bytes[first:]
+        self._rows = RoutedRows(self.cache, form, first)
         try:
             self._rows.foresight = Foresight(
                 cast(ExpertCache, self._rows.decoder_cache),
                 predictors_by_name(predictors, self._path, self._decoder_layers, vocab_size=self._vocab_size),
-                num_experts=num_experts[first:],
+                num_experts=form.num_experts[first:],
                 expert_bytes=self._expert_bytes,
                 policy=policy_by_name(eviction),
-                fetch_s=rate.seconds(self.cache.slot_bytes) if rate is not None else 1e-3,
+                fetch_s=min((rate.read_s for rate in rates.values()), default=1e-3),
             )
         except BaseException:
             self.cache.close()
@@ -135,6 +139,7 @@ class StaticEngine:
             "dtype": dtype,
             "device": device,
             "moe_layers": len(layers),
+            "expert_precision": str(opened.precision),
             "decoder_moe_layers": len(self._decoder_layers),
             "num_experts": self.cache.num_experts,
             "expert_bytes": self.cache.slot_bytes,

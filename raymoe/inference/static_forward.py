@@ -19,6 +19,7 @@ from transformers.modeling_outputs import MoEModelOutput
 
 from raymoe.inference.cache import ExpertCache
 from raymoe.inference.decoder_cache import DecoderCache
+from raymoe.inference.expert_form import ExpertForm
 from raymoe.inference.experts import CachedExperts
 from raymoe.inference.foresight import Foresight
 from raymoe.inference.static_sampling import StaticSequence
@@ -32,13 +33,13 @@ class RoutedRows:
     """The runtime behind the model's experts: the cached ones. Padding takes no expert, so that none is fetched for it. Who wants
     to know what the decoder's routers say is told."""
 
-    def __init__(self, cache: ExpertCache, layers: list[MoELayer], num_encoder_layers: int):
-        """`layers`: all of the model's, those of an encoder first."""
-        self._experts = CachedExperts(cache, layers, self._routed)
+    def __init__(self, cache: ExpertCache, form: ExpertForm, num_encoder_layers: int):
+        """`form`: of the experts in the cache's slots, those of an encoder's layers first."""
+        self._experts = CachedExperts(cache, form, self._routed)
         self._first = num_encoder_layers
         self._names: list[str] = []
         self._is_real: Tensor | None = None
-        num_experts = sum(layer.num_experts for layer in layers[num_encoder_layers:])
+        num_experts = sum(form.num_experts[num_encoder_layers:])
         self.decoder_cache = DecoderCache(cache, num_encoder_layers, num_experts)
         self.foresight: Foresight | None = None
         """Made with `decoder_cache`."""

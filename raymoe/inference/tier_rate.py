@@ -21,6 +21,8 @@ class TierRate(NamedTuple):
     latency_s: float
     reads: int
     """That this was measured with."""
+    read_s: float = 0.0
+    """Of the largest read among them."""
 
     def seconds(self, num_bytes: float) -> float:
         """One read of so many bytes, as the tier counts them."""
@@ -90,5 +92,5 @@ def fit(times: dict[int, list[float]]) -> TierRate:
     shortest_s = 1e-9
     if large > small and typical[large] > typical[small]:
         bytes_per_s = (large - small) / (typical[large] - typical[small])
-        return TierRate(bytes_per_s, max(0.0, typical[small] - small / bytes_per_s), reads)
-    return TierRate(large / max(typical[large], shortest_s), 0.0, reads)
+        return TierRate(bytes_per_s, max(0.0, typical[small] - small / bytes_per_s), reads, typical[large])
+    return TierRate(large / max(typical[large], shortest_s), 0.0, reads, typical[large])

@@ -1,10 +1,12 @@
-"""Where experts come from when they are not in the cache: the tiers below it, nearest first."""
+"""Where experts come from when they are not in the cache: the tiers below it, the fastest first."""
 
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +19,11 @@ _log = logging.getLogger(__name__)
 
 _PATIENCE = 3
 _FIRST_REST_S, _LONGEST_REST_S = 1.0, 60.0
+_RECENT_READS = 9
+_CLEARLY, _NOISE_S = 0.6, 2e-4
+"""What a tier takes of another's time, but for this much, when it is asked before it: less is no reason to change the order."""
+_FRESH_S = 60.0
+"""After so long without a read nobody knows how fast a tier is, and it is tried again."""
 
 
 class ExpertSource(Protocol):
@@ -58,14 +65,7 @@ class CheckpointTier:
 
     def facts(self) -> dict[str, Any]:
         """How the files are read (direct | dropped | cached, see `RangeReader`), and what the device was asked for."""
-        reader = self._files.reader
-        counters = reader.counters
-        return {
-            "mode": reader.mode,
-            "requests": counters.ranges,
-            "needed_bytes": counters.needed_bytes,
-            "device_bytes": counters.device_bytes,
-        }
+        return self._files.reader.facts()
 
 
 @dataclass
@@ -94,18 +94,32 @@ class _Tier:
     stats: TierStats
     failed_in_a_row: int = 0
     rests_until_s: float = 0.0
+    recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_READS))
+    """Of the last reads that delivered."""
+    last_s: float = 0.0
+    """When that was."""
+
+    def is_clearly_faster(self, other: "_Tier", now_s: float) -> bool:
+        """By their last reads; never than one that is to be tried."""
+        if not self.recent_s or not other.recent_s or now_s - other.last_s >= _FRESH_S:
+            return False
+        return median(self.recent_s) + _NOISE_S < _CLEARLY * median(other.recent_s)
 
 
 class Tiers:
-    """Several tiers as one, nearest first. Safe to use from several threads.
+    """Several tiers as one, the fastest first. Safe to use from several threads.
+
+    They are asked in the order given, but one whose last reads took clearly less time, from `measure` on, comes before those that
+    took more. A tier that was not measured, because it held nothing yet, or has not been read for a minute, keeps its place:
+    that measures it.
 
     A tier that fails is answered for by the next one; each kind of failure is logged once. One that fails 3 times in a row is
     left alone for a second, then two, up to a minute, so that a dead host does not cost its timeout at every expert. The
-    last tier is always asked.
+    last one given is never left alone.
     """
 
     def __init__(self, tiers: Mapping[str, ExpertSource]):
-        """`tiers`: by the name that logs and statistics use, nearest first."""
+        """`tiers`: by the name that logs and statistics use, the one that is expected to be fastest first."""
         if not tiers:
             raise ValueError("tiers: there must be at least one, the checkpoint's files")
         self._tiers = [_Tier(source, TierStats(name)) for name, source in tiers.items()]
@@ -113,13 +127,13 @@ class Tiers:
         self._logged: set[tuple[str, type]] = set()
 
     def read(self, layer: int, expert: int, out: Tensor) -> int:
-        """Fills `out` from the nearest tier that can; see `ExpertSource.read`.
+        """Fills `out` from the fastest tier that can; see `ExpertSource.read`.
 
         Raises:
             TierError: none of them can.
         """
         answers = []
-        for tier in self._tiers:
+        for tier in self._order():
             if tier is not self._tiers[-1] and time.monotonic() < tier.rests_until_s:
                 with self._lock:
                     tier.stats.passed_over += 1
@@ -138,11 +152,13 @@ class Tiers:
                 self._failed(tier, layer, expert, error)
                 answers.append(f"{tier.stats.name}: {error}")
             else:
+                took_s = time.perf_counter() - begin_s
                 with self._lock:
                     tier.failed_in_a_row = 0
                     tier.stats.reads += 1
                     tier.stats.bytes += moved_bytes
-                    tier.stats.seconds += time.perf_counter() - begin_s
+                    tier.stats.seconds += took_s
+                    self._took(tier, took_s)
                 return moved_bytes
         raise TierError(f"expert {expert} of MoE layer {layer}: no tier could deliver it ({'; '.join(answers)})")
 
@@ -164,16 +180,37 @@ class Tiers:
                 continue
             with self._lock:
                 tier.stats.rate = rates[tier.stats.name] = rate
+                tier.recent_s.clear()
+                self._took(tier, rate.read_s)
         return rates
 
     def stats(self) -> list[TierStats]:
-        """Of every tier, nearest first."""
+        """Of every tier, in the order given."""
         with self._lock:
             return [replace(tier.stats) for tier in self._tiers]
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """What tiers say of themselves, by name."""
         return {t.stats.name: facts() for t in self._tiers if (facts := getattr(t.source, "facts", None)) is not None}
+
+    def _order(self) -> list[_Tier]:
+        if len(self._tiers) == 1:
+            return self._tiers
+        now_s = time.monotonic()
+        found: list[_Tier] = []
+        with self._lock:
+            for tier in self._tiers:
+                place = len(found)
+                while place and tier.is_clearly_faster(found[place - 1], now_s):
+                    place -= 1
+                found.insert(place, tier)
+        return found
+
+    def _took(self, tier: _Tier, seconds: float) -> None:
+        if time.monotonic() - tier.last_s >= _FRESH_S:
+            tier.recent_s.clear()
+        tier.recent_s.append(seconds)
+        tier.last_s = time.monotonic()
 
     def _failed(self, tier: _Tier, layer: int, expert: int, error: Exception) -> None:
         cause = (tier.stats.name, type(error))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -78,6 +78,16 @@ class RangeReader:
     def counters(self) -> ReadCounters:
         with self._lock:
             return replace(self._counters)
+
+    def facts(self) -> dict[str, Any]:
+        """How files are read, and what the device was asked for, as plain values."""
+        counters = self.counters
+        return {
+            "mode": self.mode,
+            "requests": counters.ranges,
+            "needed_bytes": counters.needed_bytes,
+            "device_bytes": counters.device_bytes,
+        }
 
     def open(self, path: Path) -> None:
         """Opens a file, so that later reads are of what stands there now.

@@ -1,5 +1,6 @@
 """Read a Hugging Face checkpoint expert by expert: the dense part into a model, each expert when it is wanted."""
 
+import hashlib
 import logging
 import re
 from collections import defaultdict
@@ -20,6 +21,7 @@ from raymoe.models.weight_files import WeightFiles, quantization_of
 
 _log = logging.getLogger(__name__)
 
+_SAMPLED_EXPERTS, _SAMPLED_BYTES = 256, 1024
 _BLOCK_NUMBER = re.compile(r"\blayers\.(\d+)\.")
 
 
@@ -121,6 +123,27 @@ class ExpertFiles:
         """Reads the first bytes of an expert and lets them go: to measure what the device does with a request that small."""
         span = self._parts_of(layer, expert)[0].spans[0]
         self.reader.probe(span.file, span.start, min(num_bytes, span.num_bytes))
+
+    def fingerprint(self) -> str:
+        """Says whether two checkpoints hold the same experts: a hash of names, kinds and shapes of their tensors, of the checksums
+        where the directory has some, and of some bytes out of 256 experts, evenly spread.
+
+        Raises:
+            TensorReadError: they cannot be read.
+        """
+        found = hashlib.sha256()
+        everyone = [(layer.index, expert) for layer in self.layers for expert in range(layer.num_experts)]
+        looked_at = set(everyone[:: max(1, len(everyone) // _SAMPLED_EXPERTS)])
+        for key in everyone:
+            for part in self._find_parts(self.layers[key[0]], key[1]):
+                for span in part.spans:
+                    found.update(f"{span.name} {span.dtype} {span.shape} {span.crc32}\n".encode())
+                    if key in looked_at:
+                        taken = torch.empty(min(span.num_bytes, _SAMPLED_BYTES), dtype=torch.uint8)
+                        middle = (span.num_bytes - len(taken)) // 2
+                        self.reader.read([Landing(span.file, span.start + middle, torch.uint8, taken, span.name)])
+                        found.update(taken.numpy().data)
+        return found.hexdigest()
 
     def _parts_of(self, layer: int, expert: int) -> list[_Part]:
         found = self._parts.get((layer, expert))

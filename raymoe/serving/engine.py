@@ -55,6 +55,8 @@ class Engine:
             prefix_sharing=config.prefix_sharing,
             remote=remote,
             on_miss=config.on_miss,
+            expert_precision=config.expert_precision,
+            arena=config.arena,
             decode=decoder(AutoTokenizer.from_pretrained(config.model, local_files_only=True)),
         )
 

@@ -24,7 +24,9 @@ class ExpertHosts:
 
         assert config.expert_hosts is not None, "the application has this deployment only with hosts"
         name = directory_name()
-        self._directory = start_directory(name, config.model, config.expert_hosts, config.dtype, config.env)
+        self._directory = start_directory(
+            name, config.model, config.expert_hosts, config.dtype, config.env, precision=config.expert_precision
+        )
         why = ray.get(self._directory.wait.remote(_PLACED_S))
         if why is not None:
             raise ValueError(f"expert_hosts: no host could be started: {why}")

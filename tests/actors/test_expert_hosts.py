@@ -16,6 +16,7 @@ from raymoe.actors.expert_directory import start_directory
 from raymoe.actors.host_client import HostClient
 from raymoe.config import ExpertHostsConfig
 from raymoe.inference import InferenceEngine, SamplingParams
+from raymoe.inference.tiers import CheckpointTier
 from tests.inference.conftest import generate_alone, random_prompts
 from tests.tiny_models import tiny_model
 
@@ -72,9 +73,16 @@ def client(fleet):
 
 
 @pytest.fixture
-def make_engine(saved):
-    """Engines that are closed at the end of the test."""
+def make_engine(saved, monkeypatch):
+    """Engines that are closed at the end of the test, with slow files: a tiny expert is read faster than a call is answered."""
     engines = []
+    read = CheckpointTier.read
+
+    def read_slowly(self, layer, expert, out):
+        time.sleep(0.05)
+        return read(self, layer, expert, out)
+
+    monkeypatch.setattr(CheckpointTier, "read", read_slowly)
 
     def make(client, **options):
         settings = {"expert_memory": "15%", "max_batch_tokens": 64, "kv_tokens": 1024, "predictors": ()}

@@ -10,8 +10,8 @@ import warnings
 import pytest
 import torch
 
+from raymoe.config.precision import Precision
 from raymoe.inference.arena import ArenaError, ArenaTier
-from raymoe.inference.expert_precision import Precision
 from raymoe.inference.tiers import CheckpointTier, NotHeld, Tiers
 from raymoe.models import expert_parameters, load_without_experts, moe_layers
 
@@ -78,7 +78,7 @@ def test_a_layer_is_computed_with_as_it_lies(model):
         pool = arena.pool(1)
         assert torch.equal(pool, flat[1])
         assert pool.data_ptr() - arena.memory.data_ptr() == arena._place[1, 0]
-        with pytest.raises(ArenaError, match="MoE layer 0 is not there as a whole and exact"):
+        with pytest.raises(ArenaError, match="MoE layer 0 is not there as a whole and native"):
             arena.pool(0)
 
 
@@ -93,7 +93,7 @@ def test_lossy_experts_take_less_and_come_near(precision, model):
             assert arena.read(0, 5, out) < numel * 4 / 3
             error = (out.float() - flat[0][5]).norm() / flat[0][5].norm()
             assert 0.001 < error < 0.15
-        with pytest.raises(ArenaError, match="not there as a whole and exact"):
+        with pytest.raises(ArenaError, match="not there as a whole and native"):
             arena.pool(0)
 
 
@@ -137,7 +137,7 @@ def test_a_mapping_cannot_be_written_by_python(model):
     with (
         warnings.catch_warnings(),
         ArenaTier.create(layers, dtype=torch.float32) as arena,
-        ArenaTier.attach(arena.handle, layers, is_pinnable=True) as pinnable,
+        ArenaTier.attach(arena.handle, layers, is_writable=True) as pinnable,
     ):
         warnings.simplefilter("error")
         with ArenaTier.attach(arena.handle, layers), open("/proc/self/maps") as file:

@@ -194,16 +194,16 @@ def test_history_keeps_one_point_a_window():
     ("budget", "slots"), [("100%", 10), ("50%", 5), ("49%", 4), (300, 3), ("1KB", 10), ("1GiB", 10)]
 )
 def test_budgets(budget, slots):
-    assert slots_for(budget, num_experts=10, expert_bytes=100) == slots
+    assert slots_for(budget, num_experts=10, expert_bytes=100, total_bytes=1000) == slots
 
 
 @given(num_experts=st.integers(1, 20_000), expert_bytes=st.integers(2, 10**9))
 def test_a_budget_below_one_expert_names_the_smallest_that_works(num_experts, expert_bytes):
     with pytest.raises(ValueError, match="less than one expert") as error:
-        slots_for(expert_bytes - 1, num_experts, expert_bytes)
+        slots_for(expert_bytes - 1, num_experts, expert_bytes, num_experts * expert_bytes)
     smallest, share = re.search(r"works is (\d+) bytes, or ([\d.]+%)", str(error.value)).groups()
-    assert slots_for(smallest, num_experts, expert_bytes) == 1
-    assert slots_for(share, num_experts, expert_bytes) >= 1
+    assert slots_for(smallest, num_experts, expert_bytes, num_experts * expert_bytes) == 1
+    assert slots_for(share, num_experts, expert_bytes, num_experts * expert_bytes) >= 1
 
 
 # what is read beside the computation

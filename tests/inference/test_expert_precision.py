@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raymoe.inference.expert_precision import ExpertCodec, Precision, measure_loss
+from raymoe.config.precision import Precision
+from raymoe.inference.expert_precision import ExpertCodec, measure_loss
 from raymoe.kernels import ExpertSpec, expert_rows, plan
 from raymoe.models import ExpertLayout, expert_parameters, moe_layers, weights_of
 from tests.tiny_models import FAMILIES, tiny_model, tiny_switch
@@ -56,7 +57,7 @@ def test_every_weight_is_within_half_a_step_of_its_row_or_group(family, precisio
 
 
 @given(hidden=st.integers(1, 150), width=st.integers(1, 40), is_transposed=st.booleans(), has_bias=st.booleans(),
-       precision=st.sampled_from([Precision(), INT8, *INT4]), is_half=st.booleans())  # fmt: skip
+       precision=st.sampled_from([Precision(), Precision("bf16"), INT8, *INT4]), is_half=st.booleans())  # fmt: skip
 @settings(deadline=None, max_examples=50)
 def test_odd_sizes(hidden, width, is_transposed, has_bias, precision, is_half):
     shapes = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}
@@ -70,7 +71,7 @@ def test_odd_sizes(hidden, width, is_transposed, has_bias, precision, is_half):
     dtype = torch.bfloat16 if is_half else torch.float32
     before, after = (layout.views(each[None]) for each in (flat, round_trip(codec, flat, dtype)))
     # one step of int4 is an eighth of the largest, of int8 a 127th; bf16 keeps 8 bits
-    share = {"exact": 0.0, "int8": 0.5 / 127, "int4": 0.13}[precision.kind] + 2**-8 * is_half
+    share = {"native": 0.0, "bf16": 2**-8, "int8": 0.5 / 127, "int4": 0.13}[precision.kind] + 2**-8 * is_half
     for name, wanted in before.items():
         assert (after[name].float() - wanted).abs().max() <= wanted.abs().max() * share * 1.001 + 1e-30
 
@@ -137,11 +138,11 @@ def test_the_loss_grows_as_bits_go(family):
 
 @pytest.mark.parametrize("text", ["int4:", "int4:48", "int8:32", "fp8", ""])
 def test_precisions_that_are_none(text):
-    with pytest.raises(ValueError, match=f"expert precision is '{text}'; use exact, int8, int4"):
+    with pytest.raises(ValueError, match=f"'{text}' is no precision of experts; use native, bf16, int8"):
         Precision.parse(text)
 
 
-@pytest.mark.parametrize("text", ["exact", "int8", "int4:32", "int4:128"])
+@pytest.mark.parametrize("text", ["native", "bf16", "int8", "int4:32", "int4:128"])
 def test_a_precision_is_written_as_it_is_read(text):
     assert str(Precision.parse(text)) == text
     assert Precision.parse("int4") == Precision("int4", 64)

@@ -131,8 +131,8 @@ def test_a_line_is_found_again(latency_s, bytes_per_s, small):
 
 
 def test_sizes_that_cannot_be_told_apart_give_no_latency():
-    assert fit({1000: [0.5, 0.1, 0.1]}) == TierRate(1e4, 0.0, 3)
-    assert fit({1000: [0.1], 2000: [0.1]}) == TierRate(2e4, 0.0, 2)
+    assert fit({1000: [0.5, 0.1, 0.1]}) == TierRate(1e4, 0.0, 3, 0.1)
+    assert fit({1000: [0.1], 2000: [0.1]}) == TierRate(2e4, 0.0, 2, 0.1)
 
 
 def test_a_source_is_measured_in_a_bounded_time(monkeypatch):
@@ -175,3 +175,55 @@ def test_the_files_are_a_tier(saved_model):
     wanted = torch.zeros(numel[1])
     files.read(1, 5, wanted)
     assert torch.equal(out, wanted)
+
+
+class Timed(Memory):
+    """Takes as long as it is told to."""
+
+    def __init__(self, took_s, held=None):
+        super().__init__(held)
+        self.took_s = took_s
+
+    def read(self, layer, expert, out):
+        time.sleep(self.took_s)
+        return super().read(layer, expert, out)
+
+
+def test_the_fastest_as_measured_is_asked_first():
+    hosts, file = Timed(0.01), Timed(0.0)
+    tiers = Tiers({"hosts": hosts, "file": file})
+    tiers.measure([NUMEL] * LAYERS, [EXPERTS] * LAYERS, torch.float32, limit_s=0.1)
+    hosts.asked, file.asked = [], []
+    for expert in range(EXPERTS):
+        read(tiers, 0, expert)
+    assert (hosts.asked, len(file.asked)) == ([], EXPERTS)
+    # the file gets slow: the median of its last reads says so
+    file.took_s = 0.03
+    for _ in range(6):
+        read(tiers, 0, 0)
+    hosts.asked = []
+    read(tiers, 1, 1)
+    assert hosts.asked == [(1, 1)]
+    hosts.held = set()
+    assert (read(tiers, 1, 2) == 102).all()
+
+
+def test_a_tier_that_held_nothing_at_the_start_is_measured_when_it_does(monkeypatch):
+    hosts, file = Timed(0.0, held=set()), Timed(0.003)
+    tiers = Tiers({"hosts": hosts, "file": file})
+    assert tiers.measure([NUMEL] * LAYERS, [EXPERTS] * LAYERS, torch.float32, limit_s=0.05).keys() == {"file"}
+    read(tiers, 0, 0)
+    hosts.held = None
+    file.asked = []
+    for expert in range(EXPERTS):
+        read(tiers, 0, expert)
+    assert file.asked == []
+    # slower than the file: found out once, and again when that is long ago
+    hosts.took_s = 0.02
+    for _ in range(12):
+        read(tiers, 0, 0)
+    assert 0 < len(file.asked) < 12
+    monkeypatch.setattr(module, "_FRESH_S", 0.0)
+    hosts.asked = []
+    read(tiers, 0, 0)
+    assert hosts.asked == [(0, 0)]
