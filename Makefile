@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 
 # two tests at once; a file's tests stay together, as they share clusters
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from ray.actor import ActorHandle
 
 from raymoe import env
 from raymoe.actors.metrics import export_metrics
+from raymoe.actors.notice import Notice
 from raymoe.actors.orders import EpochOrder, Outcome, Phase, WorkerFacts, WorkerState
 from raymoe.actors.session import free_address, use_nodes_interface
 from raymoe.actors.step_records import StepRecords
@@ -58,6 +59,7 @@ class ExpertWorker:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
         export_metrics()
         use_nodes_interface()
+        self._notice = Notice()
         self._member, self._job, self._run = member, job, run
         self._node: str = ray.get_runtime_context().get_node_id()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -219,6 +221,7 @@ class ExpertWorker:
             node=self._node,
             pid=os.getpid(),
             phase=self._phase,
+            is_leaving=self._notice.is_given,
             epoch=self._epoch,
             next_step=trainer.next_step if trainer is not None else 0,
             owned_experts=() if rank is None or trainer is None else _owned(trainer),

@@ -76,6 +76,8 @@ class WorkerState:
     node: str
     pid: int
     phase: Phase
+    is_leaving: bool
+    """Its process was sent SIGTERM."""
     epoch: int
     next_step: int
     owned_experts: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""What the keeper watches while an epoch runs: whether workers still answer, and whose node is about to go."""
+"""What the keeper watches while an epoch runs: whether workers still answer, and who is about to go."""
 
 import time
 from collections.abc import Iterable
@@ -55,12 +55,9 @@ class Watching:
         ]
 
     def leaving(self, order: EpochOrder) -> list[int]:
-        """Members that are to go: their node drains, or there are more than wanted."""
+        """Members that are to go: their node drains, they were told to end, or there are more than wanted."""
         nodes = self._draining | self._wishes.leaving_nodes
-        gone = [member for member in order.members if self._node(member) in nodes]
+        states = {member: self.states.get(member) for member in order.members}
+        gone = [member for member, state in states.items() if state and (state.is_leaving or state.node in nodes)]
         staying = [member for member in order.members if member not in gone]
         return [*gone, *staying[self._wishes.most :]]
-
-    def _node(self, member: int) -> str:
-        state = self.states.get(member)
-        return state.node if state is not None else ""

@@ -100,7 +100,7 @@ def _rivals(
     for name in names:
         try:
             group = stack.enter_context(rival(name, workers, workload=given))
-            group.steps("balanced", 1)
+            group.steps("balanced", 0)
             groups.append(group)
         except RivalError as error:
             failed.append({"policy": name, "workers": workers, "note": str(error).strip().rpartition("\n")[2]})

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from raymoe.benchmarks.train_rival_common import Done, Start, Step, Steps
 from raymoe.benchmarks.train_workload import TrainWorkload
+from raymoe.training.held_memory import HeldMemory
 
 
 def serve(connection: Connection) -> None:
@@ -31,6 +32,7 @@ def serve(connection: Connection) -> None:
     try:
         if workers > 1:
             dist.init_process_group("gloo", timeout=timedelta(seconds=start.timeout_s))
+        memory = HeldMemory()
         step = importlib.import_module(start.module).build(start.workload, rank, workers, **start.options)
         connection.send(Done(versions={name: metadata.version(name) for name in start.packages}))
         while True:
@@ -39,6 +41,8 @@ def serve(connection: Connection) -> None:
             except EOFError:
                 return
             connection.send(_run(step, command, start.workload, rank, workers))
+            # it may be long until the next turn, and others are in memory beside it
+            memory.give_back()
     except Exception:
         connection.send(Done(error=traceback.format_exc()))
 

@@ -38,6 +38,7 @@ Row = dict[str, Any]
 COLUMNS = ("system", "load", "workers", "step_ms", "spread", "tokens_per_s", "note")
 _PREFIX = "raymoe.benchmarks.train_rival_"
 _TURN = 2
+_WARM_UP = 1
 
 
 @dataclass(frozen=True)
@@ -128,17 +129,20 @@ class RivalGroup:
         self.close()
 
     def steps(self, load: str, count: int) -> list[float]:
-        """Runs the next `count` steps under a load; seconds of each, of the slowest rank.
+        """Runs a step and the next `count` under a load; seconds of each but the first, of the slowest rank.
+
+        Processes that rest give their memory back, and the first step takes it anew.
 
         Raises:
             ValueError: an unknown load.
             RivalError: a rank broke, or took longer than it may.
         """
         self.workload.counts(load, 0, self.workers)
+        count += _WARM_UP
         self._tell(Steps(load, len(self.losses), count))
         answers = self._answers(self._timeout_s * count)
         self.losses += [statistics.fmean(step) for step in zip(*(answer.losses for answer in answers), strict=True)]
-        return [max(step) for step in zip(*(answer.seconds for answer in answers), strict=True)]
+        return [max(step) for step in zip(*(answer.seconds[_WARM_UP:] for answer in answers), strict=True)]
 
     def close(self) -> None:
         """Ends the processes."""
@@ -241,13 +245,12 @@ def row_of(group: RivalGroup, load: str, seconds: Sequence[float]) -> Row:
 
 
 def run_rival(name: str, load: str, workers: int, steps: int, **settings: Any) -> Row:
-    """One rival under one load, alone: a step to warm up, then `steps` timed ones.
+    """One rival under one load, alone.
 
     Raises:
         ValueError, RivalError: as `RivalGroup`.
     """
     with rival(name, workers, **settings) as group:
-        group.steps(load, 1)
         return row_of(group, load, group.steps(load, steps))
 
 
@@ -274,7 +277,7 @@ def measure(
                 continue
             try:
                 group = stack.enter_context(rival(name, workers, **settings))
-                group.steps(loads[0], 1)
+                group.steps(loads[0], 0)
             except RivalError as error:
                 report(str(error))
                 rows.append({"system": name, "workers": workers, "note": str(error).strip().rpartition("\n")[2]})

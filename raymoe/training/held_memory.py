@@ -29,17 +29,22 @@ class HeldMemory:
         self._first: int | None = None
         self.num_returns = 0
         """How often memory was given back."""
-        self._give_back = _giver_back()
+        self._giver = _giver_back()
 
     def after_step(self) -> None:
         """Gives free memory back to the kernel if there has come to be too much of it."""
-        if self._give_back is None:
+        if self._giver is None:
             return
         resident = resident_bytes()
         if self._first is None:
             self._first = resident
         elif resident > self._growth * self._first:
-            self._give_back()
+            self.give_back()
+
+    def give_back(self) -> None:
+        """Gives all free memory back to the kernel."""
+        if self._giver is not None:
+            self._giver()
             self.num_returns += 1
             # the next step says how much is needed by now
             self._first = None

@@ -1,5 +1,6 @@
 """The ranks of one epoch and their process groups."""
 
+import gc
 import os
 import socket
 import threading
@@ -74,6 +75,8 @@ def join_world(
     Raises:
         torch.distributed.DistError: not all ranks came in time.
     """
+    # cycles left by a former epoch, frames of its errors among them, hold groups of gloo, which poll 100 times a second each
+    gc.collect()
     device = device or torch.device("cpu")
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)

@@ -55,6 +55,8 @@ def test_three_two_three_two(policy, run_of, tmp_path):
             # which makes owners of its own
             assert np.ptp(np.bincount(owners[2].flatten(), minlength=2)) <= 1
         assert sorted(run.losses) == list(range(STEPS))
+        # of four epochs, the last one's five and at most those of the one before
+        assert set(run.ask("groups").values()) <= set(range(5, 11))
         check(run, case, tmp_path)
 
 

@@ -64,6 +64,23 @@ def test_a_node_that_drains_is_left_and_one_that_is_lost_is_survived(cluster, jo
 
 
 @pytest.mark.slow
+def test_a_worker_that_is_told_to_end_leaves_its_experts_and_another_comes(cluster, job, undisturbed):
+    with WorkerGroup(job(**ELASTIC)) as group:
+        group.start()
+        run = Run(group)
+        run.read(8)
+        told = group.states()[1]
+        os.kill(told.pid, signal.SIGTERM)
+        left = run.until("leave", 0)
+        assert left.values["worker"] == told.member
+        run.until("join", 0)
+        run.with_workers(3)
+        run.read(3)
+        assert not {"rollback", "death"} & set(run.kinds())
+    check_losses(undisturbed, run.steps)
+
+
+@pytest.mark.slow
 def test_nobody_comes_back_to_a_node_that_was_drained_by_command(cluster, job):
     with WorkerGroup(job(**ELASTIC)) as group:
         group.start()
