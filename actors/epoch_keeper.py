@@ -153,7 +153,7 @@ class EpochKeeper:
                 broken_s = broken_s or now
                 left = set(calls.values()) - end.dead.keys()
                 if left and not is_aborted and now - broken_s > _ALONE_S:
-                    self._roster.call(left, "abort")
+                    self._roster.free(left)
                     is_aborted = True
                 if now - broken_s > _GRACE_S:
                     end.dead |= dict.fromkeys(left, "did not come out of a broken collective")
@@ -186,7 +186,7 @@ class EpochKeeper:
         results, errors = answers(calls, self._job.config.worker_timeout_s, stop_early=True)
         dead |= {member: reason(error) for member, error in errors.items() if is_death(error)}
         if dead:
-            self._roster.call(set(order.members) - dead.keys(), "abort")
+            self._roster.free(set(order.members) - dead.keys())
             self.reached = 0
             return self._recover(order, dead)
         if errors:

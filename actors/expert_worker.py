@@ -1,5 +1,6 @@
 """The actor of a training rank. Thin: the step is `raymoe.training.Trainer`."""
 
+import gc
 import logging
 import os
 import threading
@@ -18,7 +19,7 @@ from raymoe import env
 from raymoe.actors.metrics import export_metrics
 from raymoe.actors.notice import Notice
 from raymoe.actors.orders import EpochOrder, Outcome, Phase, WorkerFacts, WorkerState
-from raymoe.actors.session import free_address, use_nodes_interface
+from raymoe.actors.session import use_nodes_interface
 from raymoe.actors.step_records import StepRecords
 from raymoe.models import CheckpointWriter
 from raymoe.training.data.prepare import TOKENIZER_FOLDER
@@ -36,13 +37,11 @@ from raymoe.training.snapshot import Held, Snapshots
 from raymoe.training.state import TrainerState
 from raymoe.training.tokenizer import load_tokenizer
 from raymoe.training.trainer import Trainer
-from raymoe.training.world import World, join_world, leave_world
+from raymoe.training.world import World, join_world, leave_world, open_meeting
 
 logger = logging.getLogger("raymoe")
 
 _KEPT_REPORTS = 512
-_MEETING_S = 15.0
-"""How long ranks wait for each other at the start of an epoch: all of them were alive a moment ago."""
 
 
 # control answers while a step runs; follow blocks, once for a controller and once more for its successor
@@ -72,6 +71,9 @@ class ExpertWorker:
         self._outcomes: dict[tuple[int, int], Outcome] = {}
         self._order: EpochOrder | None = None
         self._reports: deque[tuple[int, StepReport]] = deque(maxlen=_KEPT_REPORTS)
+        # what is imported stays: `join_world` collects garbage while all wait for it
+        gc.collect()
+        gc.freeze()
 
     def __repr__(self) -> str:
         return f"ExpertWorker[{self._member}]"
@@ -82,8 +84,8 @@ class ExpertWorker:
         return self._trainer
 
     def rendezvous(self) -> str:
-        """An address on this worker's node where an epoch's ranks can meet."""
-        return free_address()
+        """An address at this worker where an epoch's ranks can meet."""
+        return open_meeting(ray.util.get_node_ip_address())
 
     def prepare(self, share: int) -> None:
         """Does a step alone before it joins others, so that nothing is done for the first time while they wait for it.
@@ -93,7 +95,7 @@ class ExpertWorker:
         """
         self._phase = "preparing"
         timeout_s = self._job.config.worker_timeout_s
-        world = join_world(free_address(), 0, 1, timeout_s, self._device, self._node)
+        world = join_world(self.rendezvous(), 0, 1, timeout_s, self._device, self._node)
         self._trainer = self._job.rehearsing_trainer(world, share)
         self._trainer.step(0)
         # what it rehearsed with was a part

@@ -68,18 +68,13 @@ class Forming:
         for member in set(members) - set(newest.members):
             self._roster.dismiss(member)
         facts = answers(self._roster.call(newest.members, "facts"), _ANSWER_S)[0]
-        told = answers(self._roster.call(newest.members, "reports", newest.number, 0), _ANSWER_S)[0]
         self._numbered(answers(self._roster.call(newest.members, "state"), _ANSWER_S)[0])
         if not facts:
             raise RunFailed("a new controller found no worker that answers")
         found = next(iter(facts.values()))
         self._begin(newest, [facts.get(member, found) for member in newest.members], is_under_way=True)
-        self._book.next_step = min(
-            (reports[0].step for reports in told.values() if reports), default=self._book.next_step
-        )
-        for rank, member in enumerate(newest.members):
-            for report in told.get(member, []):
-                self._book.report(rank, newest.number, report)
+        told = answers(self._roster.call(newest.members, "reports", newest.number, 0), _ANSWER_S)[0]
+        self._book.catch_up({rank: told[member] for rank, member in enumerate(newest.members) if member in told})
         self._log.add("controller", self._book.next_step, f"a new controller found epoch {newest.number}")
         return newest
 
@@ -201,7 +196,7 @@ class Forming:
         results, errors = answers(calls, self._job.config.worker_timeout_s, stop_early=True)
         if len(results) == len(members):
             return results
-        self._roster.call(set(members) - errors.keys(), "abort")
+        self._roster.free(set(members) - errors.keys())
         late = {ref: member for ref, member in calls.items() if member not in results and member not in errors}
         _, more = answers(late, 2 * _ANSWER_S)
         errors |= more

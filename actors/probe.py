@@ -13,10 +13,10 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raymoe import env
-from raymoe.actors.session import free_address, ray_session, use_nodes_interface
+from raymoe.actors.session import ray_session, use_nodes_interface
 from raymoe.errors import RunFailed
 from raymoe.training.link_probe import RankMeasurement, measure_rank
-from raymoe.training.world import join_world, leave_world
+from raymoe.training.world import join_world, leave_world, open_meeting
 
 _TRANSFER_BYTES = 32 << 20
 _CUDA_TRANSFER_BYTES = 256 << 20
@@ -51,8 +51,8 @@ class ProbeWorker:
         return f"ProbeWorker[{self._rank}]"
 
     def rendezvous(self) -> str:
-        """An address on this probe's node where the ranks can meet."""
-        return free_address()
+        """An address at this probe where the ranks can meet."""
+        return open_meeting(ray.util.get_node_ip_address())
 
     def measure(
         self, rendezvous: str, nodes: list[int], transfer_bytes: int, seconds: float, timeout_s: float

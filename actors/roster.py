@@ -32,6 +32,8 @@ KEEP_FREED_MEMORY = {
 once, and they are faulted in page by page in every step anew, which took up to half of an expert's backward pass; told to keep
 them, it cuts its heap up where sizes differ from step to step, and faults in more of it."""
 
+_FREEING_S = 2.0
+
 DIED = "died"
 """How `reason` begins where Ray has seen the process end."""
 
@@ -93,6 +95,11 @@ class Roster:
     def call(self, members: Iterable[int], method: str, *args: Any) -> dict[ray.ObjectRef, int]:
         """Calls a method of those workers that there are; returns whose each answer will be."""
         return {getattr(handle, method).remote(*args): member for member, handle in self.handles(members).items()}
+
+    def free(self, members: Iterable[int]) -> None:
+        """Frees workers from collectives that will never end. Returns when that is done, as far as they answer: it must not come
+        upon them in their next epoch."""
+        answers(self.call(members, "abort"), _FREEING_S)
 
     def dismiss(self, member: int, state: WorkerState | None = None) -> None:
         """Ends a worker.

@@ -71,15 +71,6 @@ def actor_names() -> list[str]:
     return [each["name"] for each in named if each["namespace"] == NAMESPACE]
 
 
-def free_address() -> str:
-    """An address on the calling worker's node that nobody listens on, for ranks to meet at."""
-    host = ray.util.get_node_ip_address()
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        port = probe.getsockname()[1]
-    return f"tcp://{f'[{host}]' if ':' in host else host}:{port}"
-
-
 def use_nodes_interface() -> None:
     """Lets gloo meet other ranks at the address that Ray knows the calling worker's node by.
 

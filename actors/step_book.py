@@ -1,6 +1,7 @@
 """The reports of all ranks, step by step, and what the controller publishes because of them."""
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +27,7 @@ _KEPT_STEPS = 4096  # a driver asks several times a second
 
 
 class StepBook:
-    """Takes reports and makes summaries of them; says what to publish when steps have shown it.
+    """Takes reports and makes summaries of them; says what to publish when steps have shown it. Safe to use from several threads.
 
     Args:
         on_first_step: told of the first step that an epoch has done.
@@ -40,6 +41,8 @@ class StepBook:
         """The first step that not all ranks have reported."""
         self._summaries: deque[StepSummary] = deque(maxlen=_KEPT_STEPS)
         self._links: LinkMeasurement | None = None
+        self._lock = threading.Lock()
+        self._is_catching_up = False
         self._begin(0, [])
 
     def begin_epoch(self, epoch: int, facts: list[WorkerFacts], *, is_under_way: bool = False) -> None:
@@ -47,32 +50,43 @@ class StepBook:
 
         Steps that it does not repeat were done by all ranks, also where a rank died before it could say so: they are summed up
         from the reports of the others.
+
+        Args:
+            is_under_way: steps were done in it before; nothing is told of any until `catch_up`.
         """
-        for step in range(self.next_step, facts[0].next_step):
-            if reports := self._reports.get(step):
-                self._tell(reports)
-        self.publication = facts[0].publication
-        self._begin(epoch, facts)
-        self._num_steps = int(is_under_way)
-        self._links = facts[0].links or self._links
-        # steps that are done again are not told again
-        self.next_step = max(self.next_step, facts[0].next_step)
+        with self._lock:
+            for step in range(self.next_step, facts[0].next_step):
+                if reports := self._reports.get(step):
+                    self._tell(reports)
+            self.publication = facts[0].publication
+            self._begin(epoch, facts)
+            self._num_steps, self._is_catching_up = int(is_under_way), is_under_way
+            self._links = facts[0].links or self._links
+            # steps that are done again are not told again
+            self.next_step = max(self.next_step, facts[0].next_step)
+
+    def catch_up(self, told: dict[int, list[StepReport]]) -> None:
+        """What the ranks of the epoch have to say of the steps that nobody here has seen, as far back as they keep it, before what
+        they have said meanwhile.
+
+        Args:
+            told: by rank. Those who do not answer are dead; they were in every step that the others have done.
+        """
+        with self._lock:
+            for rank, reports in told.items():
+                for report in reports:
+                    self._reports.setdefault(report.step, {})[rank] = report
+            whole = [step for step in sorted(self._reports) if self._reports[step].keys() >= told.keys()]
+            for step in whole:
+                self._tell(self._reports[step])
+            if whole:
+                self._reports = {step: reports for step, reports in self._reports.items() if step > whole[-1]}
+            self._is_catching_up = False
 
     def report(self, rank: int, epoch: int, report: StepReport) -> Publication | None:
         """One rank's account of one step. Returns what is to be published because of it."""
-        if epoch != self._epoch:
-            return None
-        reports = self._reports.setdefault(report.step, {})
-        reports[rank] = report
-        if len(reports) < len(self._facts):
-            return None
-        del self._reports[report.step]
-        self._num_steps += 1
-        if self._num_steps == 1:
-            self._on_first_step(report.step)
-        if report.step >= self.next_step:
-            self._tell(reports)
-        return self._settle(list(reports.values()))
+        with self._lock:
+            return self._report(rank, epoch, report)
 
     def summaries(self, known: int) -> list[StepSummary]:
         """Of the steps from `known` on, as far back as they are kept."""
@@ -83,6 +97,21 @@ class StepBook:
         assert self.publication is not None, "an epoch comes first"
         self.publication = replace(self.publication, version=self.publication.version + 1, **changes)
         return self.publication
+
+    def _report(self, rank: int, epoch: int, report: StepReport) -> Publication | None:
+        if epoch != self._epoch:
+            return None
+        reports = self._reports.setdefault(report.step, {})
+        reports[rank] = report
+        if self._is_catching_up or len(reports) < len(self._facts):
+            return None
+        del self._reports[report.step]
+        self._num_steps += 1
+        if self._num_steps == 1:
+            self._on_first_step(report.step)
+        if report.step >= self.next_step:
+            self._tell(reports)
+        return self._settle(list(reports.values()))
 
     def _tell(self, reports: dict[int, StepReport]) -> None:
         summary = summarise(list(reports.values()), self._facts[0].owners, len(self._facts))

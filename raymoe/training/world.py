@@ -9,13 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, Store, TCPStore
+from torch.distributed import distributed_c10d
 
+_KNOCK = timedelta(seconds=2)
+"""How long to try to reach a meeting: it listens already, or whoever opened it is dead."""
 _leaving = threading.Lock()
 _connections: dict[int, str] = {}
 """Descriptors and inodes of what connects this rank with the others."""
+_meetings: dict[str, tuple[TCPStore, dict[int, str]]] = {}
+"""What was opened here last, with its connections."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,26 @@ class World:
             self.sent(kind, (self.rank + 1) % self.size, 2 * num_bytes * (self.size - 1) // self.size)
 
 
+def open_meeting(host: str) -> str:
+    """A store at which the ranks of an epoch meet. It listens when this returns: who knocks too early tries again only after some
+    hundred milliseconds. Unless it has been joined, the next one that is opened here takes its place.
+
+    Args:
+        host: this process's address as the other ranks know it.
+
+    Returns:
+        Its address, for `join_world` on this rank, which is to be the first, and on all others.
+    """
+    before = _tcp_connections()
+    store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    address = f"tcp://{f'[{host}]' if ':' in host else host}:{store.port}"
+    _meetings.clear()
+    _meetings[address] = store, {fd: inode for fd, inode in _tcp_connections().items() if before.get(fd) != inode}
+    return address
+
+
 def join_world(
-    init_method: str,
+    rendezvous: str,
     rank: int,
     size: int,
     timeout_s: float,
@@ -66,7 +91,7 @@ def join_world(
     """Forms the process groups of an epoch; returns when all ranks have come.
 
     Args:
-        init_method: `tcp://host:port` or `file://path`, fresh for every epoch.
+        rendezvous: what `open_meeting` gave on the first rank, or `file://path`; a fresh one for every epoch.
         timeout_s: how long to wait for the others, now and in any later collective.
         device: where this rank computes; default: the CPU.
         node: name of the machine this rank is on; default: its host name.
@@ -80,8 +105,16 @@ def join_world(
     device = device or torch.device("cpu")
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
+    # at once: who waits here for one that is dead is freed by closing them
     with _noting_connections():
-        dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size, timeout=timeout)
+        store = _store_at(rendezvous, size, timeout)
+    try:
+        with _noting_connections():
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    except BaseException:
+        # torch counts its groups, and meets under their numbers: a start that failed is counted, by those who came so far
+        distributed_c10d._world.group_count = 0
+        raise
     told: list[tuple[str, int]] = [("", 0)] * size
     dist.all_gather_object(told, (node or socket.gethostname(), rank if member is None else member))
     places = {name: number for number, name in enumerate(dict.fromkeys(name for name, _ in told))}
@@ -113,6 +146,22 @@ def leave_world() -> None:
         _connections.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _store_at(rendezvous: str, size: int, timeout: timedelta) -> Store:
+    url = urlsplit(rendezvous)
+    if url.scheme == "file":
+        store = FileStore(url.path, size)
+    elif rendezvous in _meetings:
+        store, connections = _meetings.pop(rendezvous)
+        with _leaving:
+            _connections.update(connections)
+    else:
+        assert url.hostname is not None, rendezvous
+        assert url.port is not None, rendezvous
+        store = TCPStore(url.hostname, url.port, is_master=False, timeout=min(timeout, _KNOCK))
+    store.set_timeout(timeout)
+    return store
 
 
 @contextmanager

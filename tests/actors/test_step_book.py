@@ -65,3 +65,32 @@ def test_steps_that_are_done_again_are_told_once():
     assert [summary.step for summary in book.summaries(0)] == list(range(6))
     assert [summary.workers for summary in book.summaries(0)] == [2, 2, 2, 2, 1, 1]
     assert first_steps == [0, 2]
+
+
+def test_a_new_controller_tells_what_it_missed_before_what_it_hears():
+    book = book_of([])
+    book.begin_epoch(7, facts(10, 2), is_under_way=True)
+    # both go on while they are asked
+    for rank in range(2):
+        book.report(rank, 7, report(15, 1.0))
+    book.report(0, 7, report(16, 1.0))
+    assert book.summaries(0) == []
+    # the second keeps one step more than the first
+    book.catch_up(
+        {0: [report(step, 1.0) for step in (11, 12, 13, 14)], 1: [report(step, 1.0) for step in range(10, 16)]}
+    )
+    assert [summary.step for summary in book.summaries(0)] == [11, 12, 13, 14, 15]
+    book.report(1, 7, report(16, 1.0))
+    assert [summary.step for summary in book.summaries(16)] == [16]
+
+
+def test_a_new_controller_believes_the_living_of_what_they_did_with_the_dead():
+    book = book_of([])
+    book.begin_epoch(7, facts(10, 2), is_under_way=True)
+    book.catch_up({0: [report(step, 1.0) for step in range(10, 15)]})
+    assert ([summary.step for summary in book.summaries(0)], book.next_step) == ([10, 11, 12, 13, 14], 15)
+    # back to the snapshot: three steps are repeated
+    book.begin_epoch(8, facts(12, 1))
+    for step in range(12, 16):
+        book.report(0, 8, report(step, 1.0))
+    assert [summary.step for summary in book.summaries(13)] == [13, 14, 15]

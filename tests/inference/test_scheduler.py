@@ -9,13 +9,11 @@ import pytest
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
 from raymoe.inference import SamplingParams
-from raymoe.inference.batch_judge import BatchJudge
 from raymoe.inference.experts import CachedExperts
 from raymoe.inference.routes import LastPaths
 from raymoe.inference.scheduler import GroupingOptions, TokenScheduler
 from tests.inference.conftest import generate_alone, random_prompts
-
-LAYERS, EXPERTS, TOPICS = 2, 16, 4
+from tests.inference.topics import EXPERTS, LAYERS, topic_of, topic_paths
 
 
 class Pages:
@@ -56,18 +54,6 @@ class Pages:
 
     def free_blocks(self, request_id):
         self.held.pop(request_id, None)
-
-
-def topic_of(number):
-    """In no order that batches in order of arrival could fall in with."""
-    return (number + number // TOPICS) % TOPICS
-
-
-def topic_paths(topics):
-    paths = np.zeros((len(topics), LAYERS, EXPERTS), dtype=bool)
-    for row, topic in enumerate(topics):
-        paths[row, :, 4 * topic : 4 * topic + 3] = True
-    return paths
 
 
 class Topics:
@@ -258,131 +244,6 @@ def test_waiting_requests_of_one_priority_come_in_order_of_arrival():
     loop.add(2, priority=-1)
     loop.add(2)
     assert [loop.step() for _ in range(6)] == [[0, 1]] * 2 + [[4, 5]] * 2 + [[2, 3]] * 2
-
-
-def judge(**options):
-    return BatchJudge(**({"margin": 0.02, "window_steps": 4, "busy_share": 0.9} | options))
-
-
-def by_last_digit(batch):
-    return topic_paths([number % TOPICS for number in batch])
-
-
-def feed(judge, batches, taken=by_last_digit, residents=0):
-    for batch in batches:
-        judge.record(np.array(batch), taken(batch), residents)
-
-
-SAME_TOPIC = [[0, 4], [0, 4], [5, 9], [5, 9]]
-MIXED = [[0, 5], [0, 5], [4, 9], [4, 9]]
-
-
-def test_the_judge_knows_what_the_order_of_arrival_would_have_cost():
-    """The same work dealt out in order of arrival is 0 beside 5, then 4 beside 9."""
-    judged = judge()
-    feed(judged, SAME_TOPIC)
-    stats = judged.stats()
-    assert stats["experts_per_step"] == LAYERS * 3
-    assert stats["experts_per_step_in_order_of_arrival"] == LAYERS * 6
-    assert (stats["state"], stats["saved_share"]) == ("on", 0.5)
-    assert stats["reason"] == "saves 50.0% of the experts to fetch"
-
-
-def test_the_ghosts_remember_what_the_last_steps_brought():
-    """With slots for what a mixed batch uses, the order of arrival fetches twelve once for two steps, as the topics do."""
-    judged = judge()
-    feed(judged, SAME_TOPIC, residents=LAYERS * 6)
-    assert judged.stats()["saved_share"] == 0.0
-
-
-def test_a_gain_turns_it_on_and_two_windows_without_one_turn_it_off():
-    judged = judge()
-    feed(judged, SAME_TOPIC)
-    assert (judged.state, judged.is_on) == ("on", True)
-    feed(judged, MIXED)
-    assert judged.is_on
-    feed(judged, MIXED)
-    assert (judged.state, judged.is_on) == ("off", False)
-    assert "less than 2.0%" in judged.reason
-    rests = []
-    for _ in range(3):
-        rests.append(0)
-        while not judged.is_on:
-            judged.rest()
-            rests[-1] += 1
-        feed(judged, MIXED)
-    assert rests == [4, 8, 16]
-
-
-def test_batches_that_use_everything_turn_it_off():
-    judged = judge()
-    feed(judged, [[0, 1], [2, 3]] * 2, lambda batch: np.ones((len(batch), LAYERS, EXPERTS), dtype=bool))
-    assert judged.state == "off"
-    assert judged.reason == "a batch uses 100% of all experts in any order"
-
-
-def test_what_is_resident_in_any_order_is_no_gain():
-    judged = judge(window_steps=8)
-    batches = [[0, 4], [1, 5], [2, 6], [3, 7]] * 2
-    feed(judged, batches, residents=LAYERS * EXPERTS)
-    feed(judged, batches, residents=LAYERS * EXPERTS)
-    assert judged.state == "off"
-
-
-def test_a_share_of_a_handful_is_no_gain():
-    """One change of topics in forty steps: of the little that is fetched at all, it saves a large share."""
-    judged = judge(window_steps=40)
-    for state in ("probing", "off"):
-        feed(judged, [[0, 4]] * 38 + [[5, 9]] * 2, residents=LAYERS * 3)
-        assert judged.state == state
-        assert judged.stats()["saved_share"] > 0.02
-        assert "experts a step, less than 0.5" in judged.reason
-
-
-def last_paths(capacity=8, **options):
-    return LastPaths(LAYERS, 5, residents=lambda: np.zeros((LAYERS, 5), dtype=bool), capacity=capacity, **options)
-
-
-def test_the_last_row_of_a_request_is_its_path():
-    routes = last_paths()
-    rows = ["a", "a", "b"]
-    routes.saw(0, rows, np.array([[0, 1], [2, 5], [3, 4], [0, 0]]))
-    routes.saw(1, rows, np.array([[0, 1], [5, 5], [3, 4], [0, 0]]))
-    used = routes.taken(["b", "x", "a"])
-    assert [np.flatnonzero(row).tolist() for row in used[:, 0]] == [[3, 4], [], [2]]
-    assert [np.flatnonzero(row).tolist() for row in used[:, 1]] == [[3, 4], [], []]
-    assert (routes.paths(["b", "x", "a"]) == used).all()
-    routes.saw(0, ["a"], np.array([[1, 3]]))
-    assert np.flatnonzero(routes.taken(["a"])[0, 0]).tolist() == [1, 3]
-
-
-def test_experts_used_in_a_share_of_the_last_tokens_are_expected():
-    routes, last = last_paths(), last_paths(decay=0.0)
-    for token in range(40):
-        for known in (routes, last):
-            # 0 always, 1 every other time, 2 long ago, 3 the last time only
-            known.saw(0, ["a"], np.array([[0, 1 if token % 2 else 5, 2 if token < 2 else 5, 3 if token == 39 else 5]]))
-    assert np.flatnonzero(routes.paths(["a"])[0, 0]).tolist() == [0, 1]
-    assert np.flatnonzero(last.paths(["a"])[0, 0]).tolist() == [0, 1, 3]
-    assert not routes.paths(["a"])[0, 1].any()
-
-
-@pytest.mark.parametrize(("option", "value"), [("decay", 1.0), ("share", 0.0)])
-def test_path_options_out_of_range_are_named(option, value):
-    with pytest.raises(ValueError, match=f"{option} must be .* got {value}"):
-        last_paths(**{option: value})
-
-
-def test_the_ring_forgets_who_came_first():
-    routes = last_paths(capacity=2)
-    for number in range(3):
-        routes.saw(0, [f"r{number}"], np.array([[number]]))
-    assert routes.taken(["r0", "r1", "r2"]).any(axis=(1, 2)).tolist() == [False, True, True]
-
-
-def test_more_ids_than_rows_are_refused():
-    with pytest.raises(ValueError, match="expert_index has 1 rows, but 2 rows have a request"):
-        last_paths().saw(0, ["a", "b"], np.array([[0]]))
 
 
 @pytest.mark.parametrize(

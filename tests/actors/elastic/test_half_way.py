@@ -1,5 +1,6 @@
 """Deaths at the worst moments: while the others regroup, while somebody joins, while state is sent or written."""
 
+import itertools
 import os
 import signal
 import time
@@ -82,6 +83,26 @@ def test_deaths_while_somebody_joins(cluster, job, traps, undisturbed):
         run.with_workers(3)
         run.read(5)
         assert "fallback" not in run.kinds()
+    check_losses(undisturbed, run.steps)
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["first", "second"])
+def test_a_death_before_all_have_met(place, cluster, job, traps, undisturbed):
+    """The others wait for one that will not come, the first rank of all at the place where they meet."""
+    with WorkerGroup(job(**ELASTIC, env=traps.env)) as group:
+        group.start()
+        run = Run(group)
+        run.read(10)
+        kill(group.states(), 2)
+        run.until("rollback", 0)
+        traps.set("meet", place)
+        died = run.until("death", run.known)
+        assert died.values["worker"] == place
+        run.with_workers(3)
+        run.read(5)
+        assert "fallback" not in run.kinds()
+        assert run.kinds().count("rollback") == 2
+    assert max(later.at_s - earlier.at_s for earlier, later in itertools.pairwise(run.steps)) < 10
     check_losses(undisturbed, run.steps)
 
 

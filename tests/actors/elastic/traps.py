@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 POINTS = {
+    # ranks are about to meet in a new epoch
+    "meet": ("raymoe.training.world", "join_world"),
     # going back to a snapshot: all ranks have met, experts are about to be sent
     "rollback": ("raymoe.training.regroup", "_restore_experts"),
     # somebody comes or leaves: all ranks have met, experts are about to move
