@@ -4,9 +4,9 @@
 
 Rivals are `generate` on a left-padded static batch, and transformers' own continuous batching with the engine's KV cache: as
 many blocks of as many tokens, and as many tokens and requests a step. Each runs with whichever of transformers' experts
-implementations is the fastest on this machine for this batch. Every round has prompts of its own, because a prompt that came
-before would be read from the KV cache; all prompts are there at once and get equally many tokens, which is what a static batch
-is best at. One process, systems in turns; ratios are of rounds that follow each other.
+implementations, on one thread or on two, is the fastest on this machine for this batch. Every round has prompts of its own,
+because a prompt that came before would be read from the KV cache; all prompts are there at once and get equally many tokens,
+which is what a static batch is best at. One process, systems in turns; ratios are of rounds that follow each other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from rich.console import Console
@@ -45,14 +45,27 @@ _SHORTEST, _LONGEST = 16, 80
 _VOCABULARY = 4096
 _MAX_BATCH_TOKENS = 512
 _THREADS = 2
+"""Of raymoe, which takes fewer where that pays; rivals have what suits them best up to as many."""
 _CHOICES, _CHOICE_TOKENS = 2, 12
 """Rounds of each experts implementation before the fastest is taken, and how long they are."""
+
+
+class _Setting(NamedTuple):
+    """What a system runs with."""
+
+    experts: str
+    threads: int
+
+    def apply(self, model: PreTrainedModel) -> None:
+        torch.set_num_threads(self.threads)
+        if self.experts in EXPERTS:
+            model.set_experts_implementation(self.experts)
 
 
 @dataclass
 class _System:
     run: Callable[[Prompts, int], Round]
-    setting: str = ""
+    setting: _Setting = field(default_factory=lambda: _Setting("raymoe", _THREADS))
     rounds: list[Round] = field(default_factory=list)
 
 
@@ -123,8 +136,7 @@ def _cell(path: Path, batch: int, rounds: int, tokens: int) -> list[Row]:
         for _ in range(rounds + 1):
             asked = random_prompts(batch, next(seeds))
             for system in systems.values():
-                if system.setting:
-                    model.set_experts_implementation(system.setting)
+                system.setting.apply(model)
                 system.rounds.append(system.run(asked, tokens))
         return [_row(name, batch, system, systems["raymoe"]) for name, system in systems.items()]
 
@@ -139,13 +151,17 @@ def _fetch_all(engine: InferenceEngine) -> None:
     assert cache.resident == cache.num_experts
 
 
-def _fastest(model: PreTrainedModel, run: Callable[[Prompts, int], Round], batch: int, seeds: itertools.count) -> str:
-    """The experts implementation with the highest rate in one of a few rounds."""
-    rates = {}
-    for name in EXPERTS:
-        model.set_experts_implementation(name)
-        rates[name] = max(run(random_prompts(batch, next(seeds)), _CHOICE_TOKENS).tokens_per_s for _ in range(_CHOICES))
-    return max(rates, key=lambda name: rates[name])
+def _fastest(
+    model: PreTrainedModel, run: Callable[[Prompts, int], Round], batch: int, seeds: itertools.count
+) -> _Setting:
+    """The setting with the highest rate in one of a few rounds."""
+    rates: dict[_Setting, float] = {}
+    for setting in itertools.starmap(_Setting, itertools.product(EXPERTS, range(1, _THREADS + 1))):
+        setting.apply(model)
+        rates[setting] = max(
+            run(random_prompts(batch, next(seeds)), _CHOICE_TOKENS).tokens_per_s for _ in range(_CHOICES)
+        )
+    return max(rates, key=lambda setting: rates[setting])
 
 
 def _continuous_batching(model: PreTrainedModel, batch: int, kv_tokens: int, tokens: int) -> Any:
@@ -225,7 +241,8 @@ def _row(name: str, batch: int, system: _System, ours: _System) -> Row:
     return {
         "system": name,
         "batch": batch,
-        "experts": system.setting or "raymoe",
+        "experts": system.setting.experts,
+        "threads": system.setting.threads,
         "tokens_per_s": statistics.median(rates),
         "tokens_per_s_min": min(rates),
         "tokens_per_s_max": max(rates),
@@ -239,11 +256,11 @@ def _row(name: str, batch: int, system: _System, ours: _System) -> Row:
 
 
 def _table(rows: Sequence[Row], batch: int) -> Table:
-    table = Table("system", "experts", "tok/s", "min-max", "raymoe over it", "min-max", "first ms", "p50 ms", "same",
+    table = Table("system", "experts", "threads", "tok/s", "min-max", "raymoe over it", "min-max", "first ms", "p50 ms", "same",
                   title=f"{batch} requests at once, everything resident")  # fmt: skip
     for row in rows:
         table.add_row(
-            row["system"], row["experts"], f"{row['tokens_per_s']:.0f}",
+            row["system"], row["experts"], str(row["threads"]), f"{row['tokens_per_s']:.0f}",
             f"{row['tokens_per_s_min']:.0f}-{row['tokens_per_s_max']:.0f}", f"{row['raymoe_over']:.2f}x",
             f"{row['raymoe_over_min']:.2f}-{row['raymoe_over_max']:.2f}", f"{row['ttft_ms']:.0f}",
             f"{row['itl_p50_ms']:.1f}", f"{row['identical_share']:.0%}",

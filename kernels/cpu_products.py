@@ -12,11 +12,18 @@ from torch import Tensor
 # measured by benchmarks/kernels_cpu.py on a 2-core Sapphire Rapids
 LARGE_BYTES = 4 << 20
 """From this size on a matrix, read at full bandwidth, is worth a product of its own from Python."""
+CACHED_BYTES = 512 << 10
+"""Half of a core's second-level cache, as of Zen 4 and not more than of its peers; measured on a 2-core AMD EPYC."""
 
 
 def is_large(weight: Tensor) -> bool:
     """Whether each of the matrices [E, ...] is."""
     return weight[:1].nbytes >= LARGE_BYTES
+
+
+def fits_cache(weight: Tensor) -> bool:
+    """Whether each of the matrices [E, ...] on a CPU stays in a core's second-level cache once it has been read."""
+    return not weight.is_cuda and weight[:1].nbytes <= CACHED_BYTES
 
 
 def swapped_product(matrix: Tensor, rows: Tensor, out: Tensor) -> None:

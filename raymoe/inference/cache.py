@@ -239,7 +239,8 @@ class ExpertCache:
             for key in keys:
                 self._pins[key] = self._pins.get(key, 0) + 1
                 self._unused.pop(key, None)
-            if hits or late:
+            # where all fit nothing is evicted, and whatever is to go once the budget shrinks was wanted all along
+            if (hits or late) and self.num_slots < self.num_experts:
                 self._policy.used(layer, [expert for _, expert in (*hits, *late)])
             self._demanded |= dict.fromkeys(missing)
             self._count(hits=len(hits), late=len(late), misses=len(missing))

@@ -30,6 +30,7 @@ from raymoe.inference.routes import LastPaths
 from raymoe.inference.scheduler import GroupingOptions
 from raymoe.inference.sending import Sending
 from raymoe.inference.servable import end_tokens, refuse_unservable
+from raymoe.inference.step_threads import StepThreads
 from raymoe.inference.text import StopWatch
 from raymoe.inference.tiers import ExpertSource, Tiers
 from raymoe.models import attach_runtime, warm_up_layers
@@ -175,7 +176,9 @@ class InferenceEngine:
             on_outputs=self._deliveries.deliver,
             on_death=self._deliveries.fail_all,
         )
+        self._threads = StepThreads(max(form.expert_bytes), device)
         loaded.register_forward_pre_hook(self._step_begins, with_kwargs=True)
+        loaded.register_forward_hook(lambda *_: self._threads.end(), always_call=True)
         self._batcher.scheduler.group_by(self._routes, grouping, expert_bytes=self.cache.slot_bytes)
         self._batcher.start()
 
@@ -350,6 +353,7 @@ class InferenceEngine:
 
     def _step_begins(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows = self._batcher.scheduler.rows
+        self._threads.begin(len(rows))
         self._foresight.step_begins(kwargs["input_ids"][0, : len(rows)], rows)
 
     def _note_routes(self, layer: int, hidden: Tensor, expert_index: Tensor, wanted: list[int]) -> None:

@@ -44,6 +44,7 @@ def test_every_system_generates_the_same_tokens(tiny, tmp_path):
         assert row["tokens_per_s_min"] <= row["tokens_per_s"] <= row["tokens_per_s_max"]
         assert row["raymoe_over_min"] <= row["raymoe_over"] <= row["raymoe_over_max"]
         assert row["experts"] in ("raymoe", *inference_engines.EXPERTS)
+        assert row["threads"] in (1, 2)
     assert rows[0]["raymoe_over"] == 1.0
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raymoe.kernels import expert_rows, plan
+from raymoe.kernels import cpu_products, expert_rows, plan
 from tests.kernels.oracle import SPECS, make_case, relative_error
 
 EXPERTS = 5
@@ -22,6 +22,16 @@ SIZES = pytest.mark.parametrize("sizes", [ODD, ALIGNED], ids=["odd", "aligned"])
 def test_equals_moe_mlp(backend, name, sizes):
     case = make_case(SPECS[name], with_extras=True, **sizes)
     assert relative_error(case.rows([[3, 1], [0], [4, 2]], backend), case.run("reference")) <= TOLERANCE
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 31])
+@pytest.mark.parametrize("name", SPECS)
+def test_matrices_that_no_cache_holds_give_the_same_rows(monkeypatch, name, tokens):
+    case = make_case(SPECS[name], tokens=tokens, with_extras=True, hidden=ALIGNED["hidden"], inner=ALIGNED["inner"])
+    want = case.run("reference")
+    for cached_bytes in (cpu_products.CACHED_BYTES, 0):
+        monkeypatch.setattr(cpu_products, "CACHED_BYTES", cached_bytes)
+        assert relative_error(case.rows([[3, 1], [0], [4, 2]], "torch"), want) <= TOLERANCE
 
 
 @pytest.mark.parametrize(("backend", "examples"), [("torch", 20), ("triton", 4)])
