@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from raymoe.cli import app
 from raymoe.commands.generate import Drawing, generate
-from raymoe.inference import static_engine
+from raymoe.inference import opening
 from raymoe.inference.text import decoder
 from raymoe.inference.tiers import CheckpointTier
 from raymoe.training.tokenizer import load_tokenizer
@@ -139,7 +139,7 @@ def test_what_is_there_stays_when_an_expert_cannot_be_read(folder, tmp_path, mon
                 raise ValueError(f"expert {expert} of layer {layer}: cannot be read")
             return super().read(layer, expert, out)
 
-    monkeypatch.setattr(static_engine, "CheckpointTier", Failing)
+    monkeypatch.setattr(opening, "CheckpointTier", Failing)
     run(folder, "olmoe", tmp_path / "whole", expert_memory="10%", unit=1)
     Failing.reads, Failing.most = 0, Failing.reads - 1
     with pytest.raises(ValueError, match=r"expert \d of layer 1: cannot be read"):

@@ -40,12 +40,14 @@ def test_ray_job_submit_trains_and_serve_run_serves(tmp_path):
         # the cluster's token is in this process's environment, which the commands inherit
         job = [BIN / "ray", "job", "submit", "--address", dashboard_url, "--working-dir", EXAMPLE.parent, "--"]
         train = [sys.executable, "-m", "raymoe", "train", EXAMPLE.name, *TINY, "steps=3", f"output={output}"]
-        done = subprocess.run(
-            [*map(str, job), *train, f"data.source={tmp_path / 'text.txt'}"],
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
+        submit = [*map(str, job), *train, f"data.source={tmp_path / 'text.txt'}"]
+        until = time.monotonic() + 60
+        while True:
+            done = subprocess.run(submit, capture_output=True, text=True, timeout=280)
+            # Ray's agent on the node comes up after `ray.init` returns
+            if "No available agent" not in done.stderr or time.monotonic() > until:
+                break
+            time.sleep(1)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "step     3/3  loss " in done.stdout
         assert (output / "report.html").is_file()
