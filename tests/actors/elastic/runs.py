@@ -18,8 +18,9 @@ SEED = int(os.environ.get("RAYMOE_TEST_SEED", "0"))
 NUM_NODES = 3
 TOLERANCE = 1e-7
 """Of a loss in float64: another number of workers adds the same gradients in another order."""
-# a schedule that does not ask how many steps there will be
-OPTIMIZER = {"lr": 1e-3, "warmup_steps": 2, "schedule": "constant"}
+# a schedule that does not ask how many steps there will be, and a rate at which undisturbed runs of one and of three ranks agree to
+# 6e-16 in each of 1,100 steps (measured); at 1e-3 a last bit began to grow in step 380
+OPTIMIZER = {"lr": 2e-4, "warmup_steps": 2, "schedule": "constant"}
 # in float64: what rounding leaves must not grow to where it hides a mistake
 MODEL = {"config": TINY, "dtype": "float64"}
 ELASTIC = {
