@@ -75,7 +75,7 @@ def open_meeting(host: str) -> str:
     store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
     address = f"tcp://{f'[{host}]' if ':' in host else host}:{store.port}"
     _meetings.clear()
-    _meetings[address] = store, {fd: inode for fd, inode in _tcp_connections().items() if before.get(fd) != inode}
+    _meetings[address] = store, _connected_since(before)
     return address
 
 
@@ -169,7 +169,11 @@ def _noting_connections() -> Iterator[None]:
     before = _tcp_connections()
     yield
     with _leaving:
-        _connections.update({fd: inode for fd, inode in _tcp_connections().items() if before.get(fd) != inode})
+        _connections.update(_connected_since(before))
+
+
+def _connected_since(before: dict[int, str]) -> dict[int, str]:
+    return {fd: inode for fd, inode in _tcp_connections().items() if before.get(fd) != inode}
 
 
 def _tcp_connections() -> dict[int, str]:
