@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median
+from statistics import median_low
 from typing import Any, Protocol
 
 import torch
@@ -100,10 +100,10 @@ class _Tier:
     """When that was."""
 
     def is_clearly_faster(self, other: "_Tier", now_s: float) -> bool:
-        """By their last reads; never than one that is to be tried."""
+        """By their last reads, of which one that was held up does not count; never than one that is to be tried."""
         if not self.recent_s or not other.recent_s or now_s - other.last_s >= _FRESH_S:
             return False
-        return median(self.recent_s) + _NOISE_S < _CLEARLY * median(other.recent_s)
+        return median_low(self.recent_s) + _NOISE_S < _CLEARLY * median_low(other.recent_s)
 
 
 class Tiers:
