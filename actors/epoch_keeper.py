@@ -177,7 +177,10 @@ class EpochKeeper:
         self._recruiting.look(wanted, max(self.wishes.most, len(order.members)), self._book.next_step, avoid)
         joining = min(len(self._recruiting.ready), wanted)
         comes = joining > 0 and self._recruiting.is_settled
-        return comes or (bool(leaving) and staying + joining > 0)
+        if not leaving or staying + joining:
+            return comes or bool(leaving)
+        # nobody would be left to learn from, but those who come may need the room of those who go
+        return len(leaving) > 1 and self._watching.leave_room(leaving)
 
     def _save(self, order: EpochOrder, path: str) -> EpochOrder:
         """Writes the model. If a worker is gone, its last steps are repeated by the others first."""
@@ -210,6 +213,9 @@ class EpochKeeper:
             leaving = leaving[:1]
         staying = [member for member in order.members if member not in leaving]
         joining = self._recruiting.take(max(0, self.wishes.most - len(staying)))
+        if not staying:
+            # those who come learn from somebody, who leaves once they are there
+            staying, leaving = leaving[:1], leaving[1:]
         try:
             following = self._forming.change(order, staying, joining)
         except EnterFailed as failed:

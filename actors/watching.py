@@ -56,8 +56,19 @@ class Watching:
 
     def leaving(self, order: EpochOrder) -> list[int]:
         """Members that are to go: their node drains, they were told to end, or there are more than wanted."""
-        nodes = self._draining | self._wishes.leaving_nodes
+        nodes = self._leaving_nodes()
         states = {member: self.states.get(member) for member in order.members}
         gone = [member for member, state in states.items() if state and (state.is_leaving or state.node in nodes)]
         staying = [member for member in order.members if member not in gone]
         return [*gone, *staying[self._wishes.most :]]
+
+    def leave_room(self, members: Iterable[int]) -> bool:
+        """Whether others could take the place of one of these: not all of their nodes go too."""
+        return any(
+            state.node not in self._leaving_nodes()
+            for member in members
+            if (state := self.states.get(member)) is not None
+        )
+
+    def _leaving_nodes(self) -> set[str]:
+        return self._draining | self._wishes.leaving_nodes

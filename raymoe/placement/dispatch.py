@@ -17,6 +17,8 @@ send its odd row to the same one.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from raymoe.placement.cluster import ClusterSpec
@@ -69,15 +71,20 @@ class DispatchTable:
 
 
 def dispatch_counts(
-    rows_DE: np.ndarray, layer_plan: LayerPlan, cluster: ClusterSpec, dispatch: Dispatch = "local"
+    rows_DE: np.ndarray,
+    layer_plan: LayerPlan,
+    cluster: ClusterSpec,
+    dispatch: Dispatch = "local",
+    ranks: list[int] | None = None,
 ) -> np.ndarray:
     """Rows of each sender and expert that each rank gets.
 
     Args:
         rows_DE: int64 [D, E], rows that each rank routed.
+        ranks: the senders that are asked for, [R]; None: all, R = D.
 
     Returns:
-        int64 [D, E, D]: from, expert, to. Its sum over the last axis is ``rows_DE``.
+        int64 [R, E, D]: from, expert, to. Its sum over the last axis is those senders' ``rows_DE``.
 
     Raises:
         ValueError: rows of another shape than the plan's ranks and experts.
@@ -88,10 +95,11 @@ def dispatch_counts(
             f"rows are {list(rows_DE.shape)}, the plan is for {layer_plan.num_devices} ranks x "
             f"{layer_plan.num_experts} experts"
         )
+    senders = list(range(cluster.num_devices)) if ranks is None else ranks
     if dispatch in GLOBAL_DISPATCH:
         room_DE = (_even_room if dispatch == "capacity" else _level_room)(rows_DE.sum(axis=0), layer_plan.copies)
-        return _matched(rows_DE, room_DE, cluster)
-    return DispatchTable(layer_plan, list(range(cluster.num_devices)), cluster, dispatch).counts(rows_DE)
+        return _matched(rows_DE, room_DE, cluster, np.asarray(senders, dtype=np.int64))
+    return DispatchTable(layer_plan, senders, cluster, dispatch).counts(rows_DE[senders])
 
 
 def assign(expert_index: np.ndarray, counts_ED: np.ndarray) -> np.ndarray:
@@ -186,25 +194,48 @@ def _poured(load_D: np.ndarray, amount: int) -> np.ndarray:
     return poured
 
 
-def _matched(rows_DE: np.ndarray, room_DE: np.ndarray, cluster: ClusterSpec) -> np.ndarray:
-    """Who sends what to fill the room: own rows stay as far as they fit, the rest finds its place on the node first."""
+def _matched(rows_DE: np.ndarray, room_DE: np.ndarray, cluster: ClusterSpec, sender_R: np.ndarray) -> np.ndarray:
+    """What senders send whom to fill the room: own rows stay as far as they fit, the rest finds its place on the node first.
+
+    What is over and what is free lie on one line each, per expert: where they overlap says who sends what. int64 [R, E, D]
+    """
     kept_DE = np.minimum(rows_DE, room_DE)
-    counts = np.zeros((*rows_DE.shape, rows_DE.shape[0]), dtype=np.int64)
-    ranks = np.arange(rows_DE.shape[0])
-    counts[ranks, :, ranks] = kept_DE
-    over_DE, room_DE = rows_DE - kept_DE, room_DE - kept_DE
+    over_DE, free_DE = rows_DE - kept_DE, room_DE - kept_DE
+    counts = np.zeros((len(sender_R), rows_DE.shape[1], rows_DE.shape[0]), dtype=np.int64)
+    counts[np.arange(len(sender_R)), :, sender_R] = kept_DE[sender_R]
     for node in range(cluster.num_nodes):
         on_node = np.flatnonzero(cluster.nodes == node)
-        moved = _match(over_DE[on_node], room_DE[on_node])
-        counts[on_node[:, None], :, on_node[None, :]] += moved.transpose(0, 2, 1)
-        over_DE[on_node] -= moved.sum(axis=2)
-        room_DE[on_node] -= moved.sum(axis=0).T
-    return counts + _match(over_DE, room_DE)
+        over, free = _Line.of(over_DE[on_node]), _Line.of(free_DE[on_node])
+        [here] = np.nonzero(np.isin(sender_R, on_node))
+        if here.size:
+            sends = over.pick(np.searchsorted(on_node, sender_R[here])).overlap(free)
+            counts[here[:, None], :, on_node[None, :]] += sends.transpose(0, 2, 1)
+        over_DE[on_node] -= over.within(free.end[-1])
+        free_DE[on_node] -= free.within(over.end[-1])
+    return counts + _Line.of(over_DE).pick(sender_R).overlap(_Line.of(free_DE))
 
 
-def _match(over_RE: np.ndarray, room_CE: np.ndarray) -> np.ndarray:
-    """Lays what is over and what is free on one line each, per expert: the overlaps say who sends what. [R, E, C]."""
-    over_end, room_end = np.cumsum(over_RE, axis=0), np.cumsum(room_CE, axis=0)
-    end = np.minimum(over_end[:, :, None], room_end.T[None])
-    begin = np.maximum((over_end - over_RE)[:, :, None], (room_end - room_CE).T[None])
-    return np.maximum(end - begin, 0)
+@dataclass(frozen=True)
+class _Line:
+    """Amounts of ranks end to end on a line, per expert: int64 [R, E]."""
+
+    begin: np.ndarray
+    end: np.ndarray
+
+    @classmethod
+    def of(cls, amount_RE: np.ndarray) -> _Line:
+        end = np.cumsum(amount_RE, axis=0)
+        return cls(end - amount_RE, end)
+
+    def pick(self, index: np.ndarray) -> _Line:
+        return _Line(self.begin[index], self.end[index])
+
+    def within(self, length_E: np.ndarray) -> np.ndarray:
+        """What of each amount lies on the line's first part: [R, E]."""
+        return np.minimum(self.end, length_E) - np.minimum(self.begin, length_E)
+
+    def overlap(self, other: _Line) -> np.ndarray:
+        """What of each amount lies beside each of another line's: [R, E, C]."""
+        end = np.minimum(self.end[:, :, None], other.end.T[None])
+        begin = np.maximum(self.begin[:, :, None], other.begin.T[None])
+        return np.maximum(end - begin, 0)

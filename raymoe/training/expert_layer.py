@@ -190,7 +190,7 @@ class ExpertLayer:
                 with self.watch.exposed():
                     self._gather(late, self._pool.parameters).wait()
             with self.watch.planning():
-                counts_ED = dispatch_counts(rows_DE, self.placed, step.state.cluster, step.plan.dispatch)[rank]
+                [counts_ED] = dispatch_counts(rows_DE, self.placed, step.state.cluster, step.plan.dispatch, [rank])
         with self.watch.planning():
             ranks = assign(expert_index.flatten().cpu().numpy(), counts_ED)
             rank_TK = torch.from_numpy(ranks).to(expert_index.device).view_as(expert_index)

@@ -57,6 +57,15 @@ def test_no_row_is_lost_and_all_go_to_holders(word, case):
     assert (counts.sum(axis=0)[layer.copies == 0] == 0).all()
 
 
+@pytest.mark.parametrize("word", WORDS)
+@given(case=dispatches(), order=st.randoms())
+def test_some_senders_are_told_what_all_together_are(word, case, order):
+    layer, cluster, rows_DE = case
+    ranks = order.sample(range(cluster.num_devices), order.randint(0, cluster.num_devices))
+    found = dispatch_counts(rows_DE, layer, cluster, word, ranks)
+    assert (found == dispatch_counts(rows_DE, layer, cluster, word)[ranks]).all()
+
+
 @given(case=dispatches())
 def test_capacity_gives_every_copy_the_same(case):
     layer, cluster, rows_DE = case

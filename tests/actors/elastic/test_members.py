@@ -76,6 +76,12 @@ def test_a_worker_that_is_told_to_end_leaves_its_experts_and_another_comes(clust
         run.until("join", 0)
         run.with_workers(3)
         run.read(3)
+        # all at once: who comes learns from one of them first
+        before = group.states()
+        for state in before:
+            os.kill(state.pid, signal.SIGTERM)
+        run.when(lambda: not {state.member for state in before} & {state.member for state in group.states()})
+        run.with_workers(3)
         assert not {"rollback", "death"} & set(run.kinds())
     check_losses(undisturbed, run.steps)
 
