@@ -5,7 +5,6 @@ import logging
 import os
 import threading
 import time
-from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -13,12 +12,14 @@ from typing import Literal
 import numpy as np
 import ray
 import torch
+import torch.distributed as dist
 from ray.actor import ActorHandle
 
 from raymoe import env
 from raymoe.actors.metrics import export_metrics
 from raymoe.actors.notice import Notice
 from raymoe.actors.orders import EpochOrder, Outcome, Phase, WorkerFacts, WorkerState
+from raymoe.actors.sent_reports import SentReports
 from raymoe.actors.session import use_nodes_interface
 from raymoe.actors.step_records import StepRecords
 from raymoe.models import CheckpointWriter
@@ -40,8 +41,6 @@ from raymoe.training.trainer import Trainer
 from raymoe.training.world import World, join_world, leave_world, open_meeting
 
 logger = logging.getLogger("raymoe")
-
-_KEPT_REPORTS = 512
 
 
 # control answers while a step runs; follow blocks, once for a controller and once more for its successor
@@ -70,7 +69,7 @@ class ExpertWorker:
         self._ended = threading.Condition()
         self._outcomes: dict[tuple[int, int], Outcome] = {}
         self._order: EpochOrder | None = None
-        self._reports: deque[tuple[int, StepReport]] = deque(maxlen=_KEPT_REPORTS)
+        self._reports = SentReports()
         # what is imported stays: `join_world` collects garbage while all wait for it
         gc.collect()
         gc.freeze()
@@ -208,7 +207,7 @@ class ExpertWorker:
     @ray.method(concurrency_group="control")
     def reports(self, epoch: int, known: int) -> list[StepReport]:
         """Of an epoch's steps from `known` on, as far back as they are kept: for a controller that was not there."""
-        return [report for of, report in list(self._reports) if of == epoch and report.step >= known]
+        return self._reports.since(epoch, known)
 
     @ray.method(concurrency_group="control")
     def state(self) -> WorkerState:
@@ -270,8 +269,8 @@ class ExpertWorker:
                     if every and trainer.next_step % every == 0:
                         report = self._snap(trainer, report)
                     self._memory.after_step()
-                    self._reports.append((epoch, report))
-                    controller.report.remote(rank, epoch, report)
+                    # where the epoch is broken meanwhile, its groups are gone
+                    self._reports.send(controller, rank, epoch, report, goes_on=dist.is_initialized)
                     records.after(report)
             except BaseException:
                 # before the records are closed: a checkpoint in the making waits for the other ranks too

@@ -110,6 +110,10 @@ class StepBook:
         if self._num_steps == 1:
             self._on_first_step(report.step)
         if report.step >= self.next_step:
+            for step in range(self.next_step, report.step):
+                # all ranks have done it; what one of them had to say got lost on the way
+                if others := self._reports.pop(step, None):
+                    self._tell(others)
             self._tell(reports)
         return self._settle(list(reports.values()))
 

@@ -27,7 +27,7 @@ from raymoe.benchmarks.train_workload import WORKLOAD, TrainWorkload
 from raymoe.telemetry import write_json
 
 Row = dict[str, Any]
-POLICIES = ("ep", "fssdp", "fssdp-level", "fssdp-rm", "fastermoe")
+POLICIES = ("ep", "fssdp", "fssdp-rm", "fastermoe")
 _TURN = 2
 _COLUMNS = (
     "policy", "load", "workers", "step_ms", "spread", "tokens_per_s", "speedup_over_ep", "limit_share", "imbalance",

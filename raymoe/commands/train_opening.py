@@ -21,7 +21,6 @@ _IN_WORDS = {
     "ep": "experts stay with their owners and all rows travel to them; nothing is copied",
     "fssdp": "hot experts are copied to other workers for a step, where the costs say that it is faster than sending rows",
     "fssdp-rm": "as fssdp, and copies are given up after forward and gathered again in backward: less memory, more bytes",
-    "fssdp-level": "as fssdp, and rows of copied experts go where there is least to do, so that fewer copies even workers out",
     "fssdp-paper": "hot experts are copied to other workers for a step, as many as hide behind the attention",
     "fssdp-paper-rm": "as fssdp-paper, and copies are given up after forward and gathered again in backward",
 }
@@ -195,6 +194,8 @@ def _dispatch(job: TrainJob, this: Policy, publication: Publication) -> str:
     }
     if publication.dispatch is not None:
         return f"{publication.dispatch} ({_whose(job.config.experts, 'dispatch')}): {words[publication.dispatch]}"
+    if this.weighs_dispatch:
+        return "local or level (the policy's), step by step: a row stays where a copy is, or goes where there is least to do"
     size = publication.cluster.num_devices
     base = Base.of_owners(job.owners_among(size), size)
     state = PlacementState(base=base, cluster=publication.cluster, workload=publication.workload, extra_slots=0)

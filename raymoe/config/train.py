@@ -39,15 +39,16 @@ class ModelConfig(Strict):
 class ExpertsConfig(Strict):
     policy: str = "fssdp"
     """`ep`: every expert only at its owner. `fssdp`: hot experts are materialised on other workers, step by step, where the
-    measured costs say that it pays. `fssdp-paper`: as many as hide behind the attention, whether they pay or not. With `-rm`
-    copies are given up after forward and gathered again in backward: less memory, more traffic. Rivals: `fastermoe`,
-    `smartmoe`, `flexmoe`, `pro-prophet`, `eplb`, `lazarus`."""
+    measured costs say that it pays, and rows go to their own worker's copy or to where there is least to do, whichever pays.
+    `fssdp-paper`: as many as hide behind the attention, whether they pay or not. With `-rm` copies are given up after forward and
+    gathered again in backward: less memory, more traffic. Rivals: `fastermoe`, `smartmoe`, `flexmoe`, `pro-prophet`, `eplb`,
+    `lazarus`."""
     transport: Literal["auto", "p2p", "a2a", "hierarchical"] = "auto"
     """How copies travel. `p2p`: from the owner to each holder. `a2a`: one all-to-all. `hierarchical`: once to each node, and
     on from there. `auto`: hierarchical where workers are on several nodes."""
     dispatch: Literal["auto", "local", "node", "even", "capacity", "level"] = "auto"
     """How rows find a copy. `local`: their own worker's first. `level`: so that workers compute equally much. `auto`: as the
-    policy says. The others: see `raymoe.placement.dispatch`."""
+    policy finds. The others: see `raymoe.placement.dispatch`."""
     reshard_every: Literal["auto"] | int = "auto"
     """Steps between two re-shardings, when experts change homes with their optimizer state. `auto`: as often as the policy
     has it; 0: never."""

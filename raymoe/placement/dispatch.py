@@ -97,7 +97,7 @@ def dispatch_counts(
         )
     senders = list(range(cluster.num_devices)) if ranks is None else ranks
     if dispatch in GLOBAL_DISPATCH:
-        room_DE = (_even_room if dispatch == "capacity" else _level_room)(rows_DE.sum(axis=0), layer_plan.copies)
+        room_DE = (_even_room if dispatch == "capacity" else level_room)(rows_DE.sum(axis=0), layer_plan.copies)
         return _matched(rows_DE, room_DE, cluster, np.asarray(senders, dtype=np.int64))
     return DispatchTable(layer_plan, senders, cluster, dispatch).counts(rows_DE[senders])
 
@@ -147,7 +147,7 @@ def _even_room(rows_E: np.ndarray, copies_ED: np.ndarray) -> np.ndarray:
     return holds_DE * (each_E + (turn_DE < odd_E))
 
 
-def _level_room(rows_E: np.ndarray, copies_ED: np.ndarray) -> np.ndarray:
+def level_room(rows_E: np.ndarray, copies_ED: np.ndarray) -> np.ndarray:
     """Rows that each copy takes if ranks are to compute equally many in all: int64 [D, E].
 
     Experts on some of the ranks are poured one by one on top of all the others, hottest first, again and again: what one
@@ -173,10 +173,11 @@ def _level_room(rows_E: np.ndarray, copies_ED: np.ndarray) -> np.ndarray:
     everywhere = np.flatnonzero(num_E == num_devices) if num_devices > 1 else np.empty(0, dtype=np.int64)
     amount = int(rows_E[everywhere].sum())
     if amount:
-        # every expert in proportion, cut at whole rows: sums over ranks are exact
+        # every expert in proportion, cut at whole rows: sums over ranks are exact, and what experts round off evens out
         end_D = np.cumsum(_poured(load_D, amount))
+        odd_E = np.arange(everywhere.size) * amount // everywhere.size
         cut_DE = np.concatenate([np.zeros((1, everywhere.size), dtype=np.int64),
-                                 end_D[:, None] * rows_E[everywhere] // amount])  # fmt: skip
+                                 (end_D[:, None] * rows_E[everywhere] + odd_E) // amount])  # fmt: skip
         room_DE[:, everywhere] = np.diff(cut_DE, axis=0)
     return room_DE
 
@@ -203,16 +204,30 @@ def _matched(rows_DE: np.ndarray, room_DE: np.ndarray, cluster: ClusterSpec, sen
     over_DE, free_DE = rows_DE - kept_DE, room_DE - kept_DE
     counts = np.zeros((len(sender_R), rows_DE.shape[1], rows_DE.shape[0]), dtype=np.int64)
     counts[np.arange(len(sender_R)), :, sender_R] = kept_DE[sender_R]
+    for node in np.unique(cluster.nodes[sender_R]).tolist():
+        on_node = np.flatnonzero(cluster.nodes == node)
+        [here] = np.nonzero(cluster.nodes[sender_R] == node)
+        over = _Line.of(over_DE[on_node]).pick(np.searchsorted(on_node, sender_R[here]))
+        sends = over.overlap(_Line.of(free_DE[on_node]))
+        counts[here[:, None], :, on_node[None, :]] += sends.transpose(0, 2, 1)
+    sent_DE, taken_DE = within_nodes(over_DE, free_DE, cluster)
+    return counts + _Line.of(over_DE - sent_DE).pick(sender_R).overlap(_Line.of(free_DE - taken_DE))
+
+
+def within_nodes(over_DE: np.ndarray, free_DE: np.ndarray, cluster: ClusterSpec) -> tuple[np.ndarray, np.ndarray]:
+    """What of it stays on the rank's node if that comes first: (sent, taken), int64 [D, E] each.
+
+    Args:
+        over_DE: int64 [D, E], rows that a rank cannot keep.
+        free_DE: int64 [D, E], rows that its copy can take of others.
+    """
+    sent_DE, taken_DE = np.zeros_like(over_DE), np.zeros_like(free_DE)
     for node in range(cluster.num_nodes):
         on_node = np.flatnonzero(cluster.nodes == node)
         over, free = _Line.of(over_DE[on_node]), _Line.of(free_DE[on_node])
-        [here] = np.nonzero(np.isin(sender_R, on_node))
-        if here.size:
-            sends = over.pick(np.searchsorted(on_node, sender_R[here])).overlap(free)
-            counts[here[:, None], :, on_node[None, :]] += sends.transpose(0, 2, 1)
-        over_DE[on_node] -= over.within(free.end[-1])
-        free_DE[on_node] -= free.within(over.end[-1])
-    return counts + _Line.of(over_DE).pick(sender_R).overlap(_Line.of(free_DE))
+        sent_DE[on_node] = over.within(free.end[-1])
+        taken_DE[on_node] = free.within(over.end[-1])
+    return sent_DE, taken_DE
 
 
 @dataclass(frozen=True)

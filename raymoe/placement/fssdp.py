@@ -2,11 +2,16 @@
 
 Source: Hecate (arXiv 2502.02581). ``fssdp-paper`` is its Algorithm 1 with the overlap degree as a hard cap. ``fssdp`` asks
 what copies bring: it adds replicas while the modelled time of the layer falls, exposed transfers counted, so it may choose
-none; its copies start to travel with the experts of the layer before, so that those hide them too; it corrects itself once
-the gate has spoken, and re-shards cold experts over all layers (Algorithm 2).
+none, and takes of ``local`` and ``level`` dispatch the one with which that is less; its copies start to travel with the experts
+of the layer before, so that those hide them too; it corrects itself once the gate has spoken, and re-shards cold experts over all
+layers (Algorithm 2).
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +27,10 @@ from raymoe.placement.uniform import uniform_moe_ns
 
 CALIBRATION_MARGIN = 0.03
 """A late copy must save this share of the layer's modelled time."""
+
+LEVEL_MARGIN = 0.05
+"""``level`` must save this share of the layers' modelled time: it also evens out what ranks that route alike do not differ by,
+and the rows that it sends for that are not in the model."""
 
 TIMING: Timing = "overlapped"
 """Copies are asked for before the gates of the layer before have spoken: nothing has to wait for its experts."""
@@ -81,7 +90,7 @@ class Fssdp(PolicyDefaults):
     source = "Hecate (arXiv 2502.02581) with a cost-benefit overlap degree of our own"
     interval: int | None = RESHARD_INTERVAL
     calibrates = True
-    dispatch: Dispatch = "local"
+    weighs_dispatch = True
 
     def needs_costs(self, overlap_degree: int | None) -> bool:
         """Always: it weighs them."""
@@ -89,20 +98,16 @@ class Fssdp(PolicyDefaults):
 
     def prepare(self, history: np.ndarray, state: PlacementState) -> Plan:
         """As many of each layer's hottest experts everywhere as make its modelled time least, if there is memory for
-        them; else Algorithm 1 fills the slots if that is faster than fewer experts everywhere."""
+        them; else Algorithm 1 fills the slots if that is faster than fewer experts everywhere.
+
+        Rows stay with the copy on their own rank, or go where there is least to do: what takes less over all layers.
+        """
         loads = expected_loads(history, state)
-        owners = state.base.owners
-        times = self._times(owners, loads, state)
-        best_L = _best(times, state)
-        copies = everywhere(owned(owners, state.cluster.num_devices), times.order_LE, best_L)
-        wanted_L = np.argmin(times.moe_LT, axis=1)
-        for layer in np.flatnonzero(wanted_L > best_L).tolist() if state.extra_slots else ():
-            degree = _most(state, int(wanted_L[layer]))
-            filled = materialise(owners[layer], loads[layer], degree, state.extra_slots, state.cluster)
-            many_ns = uniform_moe_ns(owners[layer], filled, loads[layer], state.workload, state.cluster, TIMING)
-            if many_ns < times.moe_LT[layer, best_L[layer]]:
-                copies[layer] = filled
-        return Plan.of(state.base, copies, state.workload, dispatch=self.dispatch, timing=TIMING)
+        planned: dict[Dispatch, tuple[float, np.ndarray]] = {
+            dispatch: _copies(state, loads, dispatch) for dispatch in _choices(state)
+        }
+        dispatch = _least(planned)
+        return Plan.of(state.base, planned[dispatch][1], state.workload, dispatch=dispatch, timing=TIMING)
 
     def calibrate(self, layer: int, loads: np.ndarray, plan: Plan, state: PlacementState) -> LayerPlan:
         """Further experts everywhere, late, if the layer's modelled time falls by ``CALIBRATION_MARGIN`` even so."""
@@ -113,7 +118,15 @@ class Fssdp(PolicyDefaults):
         free = state.extra_slots - int(np.max(planned.extra_copies().sum(axis=0)))
         there = int(everywhere_E.sum())
         loads_E = loads.sum(axis=0, dtype=np.int64) * LOAD_SCALE
-        times = self._times(planned.owners[None], loads_E[None], state, everywhere_E[None])
+        times = prefix_times(
+            planned.owners[None],
+            loads_E[None],
+            state.workload,
+            state.cluster,
+            timing=TIMING,
+            dispatch=plan.dispatch,
+            everywhere_LE=everywhere_E[None],
+        )
         allowed_T = times.moe_LT[0, there : there + max(free, 0) + 1]
         best = int(np.argmin(allowed_T))
         if allowed_T[best] > (1 - CALIBRATION_MARGIN) * allowed_T[0]:
@@ -125,31 +138,15 @@ class Fssdp(PolicyDefaults):
     def reshard(self, history: np.ndarray, state: PlacementState) -> Base:
         """Algorithm 2, if what the modelled layers gain until the next time is more than moving the experts takes."""
         loads = expected_loads(history, state)
-        owners, cluster = state.base.owners, state.cluster
+        cluster = state.cluster
         if cluster.num_devices == 1 or not loads.any():
             return state.base
-        now = self._times(owners, loads, state)
-        best_L = _best(now, state)
-        others = heterogeneous_owners(loads, best_L, cluster, owners)
-        then = self._times(others, loads, state)
-        layers = np.arange(len(best_L))
-        gain_ns = float((now.moe_LT[layers, best_L] - then.moe_LT[layers, _best(then, state)]).sum())
-        moved = Base.of_owners(others, cluster.num_devices)
+        now_ns, now = _fastest(state, loads)
+        owners = heterogeneous_owners(loads, _best(now, state), cluster, state.base.owners)
+        moved = Base.of_owners(owners, cluster.num_devices)
+        then_ns, _ = _fastest(replace(state, base=moved), loads)
         move_ns = exchange_ns(move_links(state.base, moved, state.workload, cluster), cluster)
-        return moved if gain_ns * RESHARD_INTERVAL > move_ns else state.base
-
-    def _times(
-        self, owners: np.ndarray, loads: np.ndarray, state: PlacementState, everywhere_LE: np.ndarray | None = None
-    ) -> PrefixTimes:
-        return prefix_times(
-            owners,
-            loads,
-            state.workload,
-            state.cluster,
-            timing=TIMING,
-            dispatch=self.dispatch,
-            everywhere_LE=everywhere_LE,
-        )
+        return moved if (now_ns - then_ns) * RESHARD_INTERVAL > move_ns else state.base
 
 
 class FssdpRemat(Fssdp):
@@ -157,13 +154,6 @@ class FssdpRemat(Fssdp):
 
     name = "fssdp-rm"
     rematerialise = True
-
-
-class FssdpLevel(Fssdp):
-    """The cost-benefit form with rows of copied experts sent to where there is least to do: fewer copies even devices out."""
-
-    name = "fssdp-level"
-    dispatch = "level"
 
 
 class FssdpKnown(Fssdp):
@@ -187,6 +177,48 @@ def everywhere(copies_LED: np.ndarray, order_LE: np.ndarray, num_L: np.ndarray) 
     np.put_along_axis(chosen_LE, order_LE, np.arange(order_LE.shape[1]) < num_L[:, None], 1)
     copies_LED[chosen_LE] = 1
     return copies_LED
+
+
+def _choices(state: PlacementState) -> tuple[Dispatch, ...]:
+    """Ways to find a copy that are weighed against each other."""
+    if state.dispatch is None:
+        return ("local", "level")
+    return (state.dispatch,)
+
+
+def _times(state: PlacementState, loads: np.ndarray, dispatch: Dispatch) -> PrefixTimes:
+    return prefix_times(state.base.owners, loads, state.workload, state.cluster, timing=TIMING, dispatch=dispatch)
+
+
+def _copies(state: PlacementState, loads: np.ndarray, dispatch: Dispatch) -> tuple[float, np.ndarray]:
+    """(modelled time of all layers, copies uint8 [L, E, D])."""
+    owners, times = state.base.owners, _times(state, loads, dispatch)
+    best_L = _best(times, state)
+    best_ns_L = times.moe_LT[np.arange(len(best_L)), best_L]
+    copies = everywhere(owned(owners, state.cluster.num_devices), times.order_LE, best_L)
+    wanted_L = np.argmin(times.moe_LT, axis=1)
+    for layer in np.flatnonzero(wanted_L > best_L).tolist() if state.extra_slots else ():
+        degree = _most(state, int(wanted_L[layer]))
+        filled = materialise(owners[layer], loads[layer], degree, state.extra_slots, state.cluster)
+        many_ns = uniform_moe_ns(owners[layer], filled, loads[layer], state.workload, state.cluster, TIMING, dispatch)
+        if many_ns < best_ns_L[layer]:
+            copies[layer], best_ns_L[layer] = filled, many_ns
+    return float(best_ns_L.sum()), copies
+
+
+def _fastest(state: PlacementState, loads: np.ndarray) -> tuple[float, PrefixTimes]:
+    """(modelled time of all layers with the experts everywhere for which there is memory, times of all their numbers)."""
+    found: dict[Dispatch, tuple[float, PrefixTimes]] = {}
+    for dispatch in _choices(state):
+        times = _times(state, loads, dispatch)
+        best_L = _best(times, state)
+        found[dispatch] = float(times.moe_LT[np.arange(len(best_L)), best_L].sum()), times
+    return found[_least(found)]
+
+
+def _least(found: Mapping[Dispatch, tuple[float, Any]]) -> Dispatch:
+    """Whichever takes less time, with the margin."""
+    return min(found, key=lambda dispatch: found[dispatch][0] * (1 + LEVEL_MARGIN * (dispatch == "level")))
 
 
 def _best(times: PrefixTimes, state: PlacementState) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raymoe.placement.fssdp import Fssdp, FssdpKnown, FssdpLevel, FssdpPaper, FssdpPaperRemat, FssdpRemat
+from raymoe.placement.fssdp import Fssdp, FssdpKnown, FssdpPaper, FssdpPaperRemat, FssdpRemat
 from raymoe.placement.policy import ExpertParallel, Policy
 from raymoe.placement.rivals import RIVALS
 
@@ -12,7 +12,6 @@ _OURS: tuple[Policy, ...] = (
     FssdpPaperRemat(),
     Fssdp(),
     FssdpRemat(),
-    FssdpLevel(),
     FssdpKnown(),
 )
 _POLICIES: dict[str, Policy] = {each.name: each for each in (*_OURS, *RIVALS)}

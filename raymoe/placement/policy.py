@@ -41,6 +41,9 @@ class Policy(Protocol):
     knows_loads: bool
     """Whether it is told the step's loads before the step: a bound, not a policy one can run."""
 
+    weighs_dispatch: bool
+    """Whether its plans differ in how rows find a copy."""
+
     keeps_whole: bool
     """Whether an expert lives whole wherever it lives; where experts are sliced over ranks it can only be simulated."""
 
@@ -74,6 +77,7 @@ class PolicyDefaults:
     materialises = True
     interval: int | None = None
     knows_loads = False
+    weighs_dispatch = False
     keeps_whole = True
 
     def needs_costs(self, overlap_degree: int | None) -> bool:

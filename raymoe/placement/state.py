@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from raymoe.placement.cluster import ClusterSpec
 from raymoe.placement.loads import DEFAULT_WINDOW, Forecast
-from raymoe.placement.plan import Base
+from raymoe.placement.plan import Base, Dispatch
 from raymoe.placement.workload import Workload
 
 
@@ -38,6 +38,9 @@ class PlacementState:
 
     steps_since_reshard: int = 0
     """Steps since ``Policy.reshard`` last changed the base."""
+
+    dispatch: Dispatch | None = None
+    """How rows will find a copy whatever the plan says; None: as it says."""
 
     def __post_init__(self) -> None:
         base = self.base

@@ -130,6 +130,7 @@ class Placing:
             overlap_degree=published.overlap_degree,
             window=published.window,
             steps_since_reshard=self.steps_since_reshard,
+            dispatch=published.dispatch,
         )
 
 

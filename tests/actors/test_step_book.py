@@ -67,6 +67,16 @@ def test_steps_that_are_done_again_are_told_once():
     assert first_steps == [0, 2]
 
 
+def test_reports_that_got_lost_on_the_way_are_made_up_for_by_the_others():
+    book = book_of([])
+    book.begin_epoch(0, facts(0, 2))
+    for step in range(6):
+        book.report(0, 0, report(step, 1.0))
+        if step not in (2, 3):
+            book.report(1, 0, report(step, 1.0))
+    assert [summary.step for summary in book.summaries(0)] == list(range(6))
+
+
 def test_a_new_controller_tells_what_it_missed_before_what_it_hears():
     book = book_of([])
     book.begin_epoch(7, facts(10, 2), is_under_way=True)

@@ -35,7 +35,10 @@ EVEN = rows_of(np.ones(EXPERTS))
 def moe_ns(name: str, rows: np.ndarray, m: int = EXPERTS, **of) -> float:
     current = state(m, **of)
     plan = policy(name).prepare(rows.sum(0)[None, None], current)
-    return layer_cost(plan.layer(0), rows, current.workload, current.cluster, timing=plan.timing).moe_ns
+    cost = layer_cost(
+        plan.layer(0), rows, current.workload, current.cluster, dispatch=plan.dispatch, timing=plan.timing
+    )
+    return cost.moe_ns
 
 
 @pytest.mark.parametrize("name", NAMES)

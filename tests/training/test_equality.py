@@ -17,7 +17,6 @@ POLICIES = [
     "ep",
     "fssdp",
     "fssdp-rm",
-    "fssdp-level",
     "fssdp-paper",
     "fssdp-paper-rm",
     "fastermoe",
