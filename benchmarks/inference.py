@@ -1,6 +1,6 @@
 """What the expert cache, its predictors and the token scheduler bring: engines under one budget side by side, on a trained model.
 
-    raymoe bench inference [--arms a,b] [--budgets 5,10,25,50,100] [--batches 1,4,16,32] [--rounds 3] [--json F]
+    raymoe bench inference [--arms a,b] [--budgets 5,10,25,50,100] [--batches 1,4,16,32] [--rounds 3] [--dtype bfloat16] [--json F]
 
 Every engine gets the same greedy requests, all at once, the engines in turns; the first round fills their caches and is not
 timed. Experts come from the checkpoint's files past the page cache. The bound beside a row is what the fetches of Belady's
@@ -27,6 +27,7 @@ from rich.table import Table
 from raymoe.benchmarks.inference_arms import ARMS, options_of
 from raymoe.benchmarks.inference_model import prompts, trained_model
 from raymoe.benchmarks.inference_rivals import SYSTEMS, measure
+from raymoe.benchmarks.near_ties import NearTies
 from raymoe.inference import Delta, InferenceEngine, SamplingParams
 from raymoe.inference.replay import belady
 from raymoe.inference.scheduler import GroupingOptions
@@ -34,6 +35,7 @@ from raymoe.models import load_without_experts
 from raymoe.telemetry import write_json
 
 Row = dict[str, Any]
+Prompts = list[list[int]]
 _RIVAL_TOKENS = 12
 _CROWDED_BATCH, _CROWD = 8, 4
 _COLUMNS = {
@@ -41,9 +43,21 @@ _COLUMNS = {
     "share_of_resident": ("resident", ".0%", 1), "bound_share": ("bound", ".0%", 1), "ttft_ms": ("first ms", ".0f", 1),
     "itl_p50_ms": ("p50 ms", ".1f", 1), "itl_p95_ms": ("p95 ms", ".1f", 1), "bytes_per_token": ("MB/tok", ".2f", 1e6),
     "over_belady": ("Belady", ".2f", 1), "wasted_bytes": ("wasted MB", ".0f", 1e6), "hit_rate": ("hits", ".1%", 1),
-    "experts_per_step": ("experts", ".0f", 1), "identical": ("same", "", 1),
+    "experts_per_step": ("experts", ".0f", 1), "identical": ("same", "", 1), "near_ties": ("ties", "", 1),
+    "other_differences": ("wrong", "", 1),
 }  # fmt: skip
 """Of the printed table: title, format, unit."""
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What all cells have in common."""
+
+    model: Path
+    rounds: int
+    tokens: int
+    dtype: str
+    ties: NearTies
 
 
 @dataclass
@@ -97,6 +111,7 @@ def run(
     tokens: int,
     rivals: Sequence[int],
     crowded: Sequence[int],
+    dtype: str,
     folder: Path | None,
     console: Console,
     command: str,
@@ -112,6 +127,7 @@ def run(
         crowded: budgets, in percent, under which four times as many requests wait as a step holds, with the token scheduler and
             in order of arrival.
         rivals: budgets, in percent, under which other systems run beside raymoe, one request at a time.
+        dtype: of all raymoe's engines; tokens that differ from the all-resident engine's are judged, see `near_ties`.
         folder: where the trained model is kept, or made; None: made anew.
 
     Raises:
@@ -126,13 +142,14 @@ def run(
     with ExitStack() as stack:
         home = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         model = trained_model(home, console, command)
+        bench = _Bench(model, rounds, tokens, dtype, NearTies(model, getattr(torch, dtype)))
         asked = prompts(home, max(batches))
         for budget in budgets:
             for batch in batches:
-                rows += _cell(model, names, budget, batch, asked[:batch], rounds, tokens)
+                rows += _cell(bench, names, budget, batch, asked[:batch])
                 console.print(_table([row for row in rows if row["budget"] == budget and row["batch"] == batch]))
         for budget in crowded:
-            rows += _crowded(model, budget, prompts(home, _CROWD * _CROWDED_BATCH), rounds, tokens, console)
+            rows += _crowded(bench, budget, prompts(home, _CROWD * _CROWDED_BATCH), console)
         for budget in rivals:
             rows += _rivals(model, budget, asked, rounds, console)
     if json is not None:
@@ -140,20 +157,21 @@ def run(
     return rows
 
 
-def _crowded(model: Path, budget: int, asked: list[list[int]], rounds: int, tokens: int, console: Console) -> list[Row]:
+def _crowded(bench: _Bench, budget: int, asked: Prompts, console: Console) -> list[Row]:
     """Two rows: batches by routes, and in order of arrival; ratios are of rounds that follow each other."""
     plain = GroupingOptions(max_active=_CROWDED_BATCH)
     with ExitStack() as stack:
         running: dict[str, _Running] = {}
         for name, grouping in (("in order", plain), ("by routes", GroupingOptions())):
-            options = options_of("full", budget, len(asked)) | {"max_requests": _CROWDED_BATCH, "grouping": grouping}
-            running[name] = _Running(stack.enter_context(InferenceEngine(model, **options)))
+            options = options_of("full", budget, len(asked), bench.dtype)
+            options |= {"max_requests": _CROWDED_BATCH, "grouping": grouping}
+            running[name] = _Running(stack.enter_context(InferenceEngine(bench.model, **options)))
             running[name].watch()
-        for _ in range(rounds + 1):
+        for _ in range(bench.rounds + 1):
             for each in running.values():
-                each.rounds.append(generate(each.engine, asked, tokens))
+                each.rounds.append(generate(each.engine, asked, bench.tokens))
         reference = running["in order"]
-        rows = [_row(name, budget, _CROWDED_BATCH, each, reference) for name, each in running.items()]
+        rows = [_row(bench, name, budget, _CROWDED_BATCH, each, reference, asked) for name, each in running.items()]
     table = Table("batches", "tok/s", "min-max", "over in order", "MB/tok", "experts a step", "grouping", "same",
                   title=f"{len(asked)} requests, {_CROWDED_BATCH} a step, {budget} % of experts")  # fmt: skip
     for row in rows:
@@ -164,7 +182,7 @@ def _crowded(model: Path, budget: int, asked: list[list[int]], rounds: int, toke
     return [row | {"arm": f"crowded {row['arm']}", "over_in_order": row["share_of_resident"]} for row in rows]
 
 
-def _rivals(model: Path, budget: int, asked: list[list[int]], rounds: int, console: Console) -> list[Row]:
+def _rivals(model: Path, budget: int, asked: Prompts, rounds: int, console: Console) -> list[Row]:
     """A row a system, in turns; ratios are of the rounds' own rates."""
     layers = load_without_experts(model, torch.float32)[1].layers
     budget_bytes = sum(layer.layout.numel * layer.num_experts * 4 for layer in layers) * budget // 100
@@ -200,23 +218,21 @@ def _rivals(model: Path, budget: int, asked: list[list[int]], rounds: int, conso
     return rows
 
 
-def _cell(
-    model: Path, names: Sequence[str], budget: int, batch: int, asked: list[list[int]], rounds: int, tokens: int
-) -> list[Row]:
+def _cell(bench: _Bench, names: Sequence[str], budget: int, batch: int, asked: Prompts) -> list[Row]:
     with ExitStack() as stack:
         running: dict[str, _Running] = {}
         for name in names:
-            engine = stack.enter_context(InferenceEngine(model, **options_of(name, budget, batch)))
+            engine = stack.enter_context(InferenceEngine(bench.model, **options_of(name, budget, batch, bench.dtype)))
             running[name] = _Running(engine)
             running[name].watch()
-        for _ in range(rounds + 1):
+        for _ in range(bench.rounds + 1):
             for each in running.values():
-                each.rounds.append(generate(each.engine, asked, tokens))
+                each.rounds.append(generate(each.engine, asked, bench.tokens))
         resident = running["resident"]
-        return [_row(name, budget, batch, each, resident) for name, each in running.items()]
+        return [_row(bench, name, budget, batch, each, resident, asked) for name, each in running.items()]
 
 
-def generate(engine: InferenceEngine, asked: list[list[int]], tokens: int) -> Round:
+def generate(engine: InferenceEngine, asked: Prompts, tokens: int) -> Round:
     """Submits all prompts at once, greedy, and waits until each has its `tokens`."""
     params = SamplingParams(max_tokens=tokens, temperature=0.0, stop_token_ids=())
     answers: list[list[int]] = [[] for _ in asked]
@@ -244,7 +260,7 @@ def generate(engine: InferenceEngine, asked: list[list[int]], tokens: int) -> Ro
     return Round(wall_s, answers, [each[0] - began_s for each in times], gaps)
 
 
-def _row(name: str, budget: int, batch: int, this: _Running, resident: _Running) -> Row:
+def _row(bench: _Bench, name: str, budget: int, batch: int, this: _Running, resident: _Running, asked: Prompts) -> Row:
     timed, reference = this.rounds[1:], resident.rounds[1:]
     rate = statistics.median(each.tokens_per_s for each in timed)
     shares = [ours.tokens_per_s / theirs.tokens_per_s for ours, theirs in zip(timed, reference, strict=True)]
@@ -257,6 +273,7 @@ def _row(name: str, budget: int, batch: int, this: _Running, resident: _Running)
     resident_rate = statistics.median(each.tokens_per_s for each in reference)
     bound = min(resident_rate, num_tokens / max(oracle.misses * fetch_s, 1e-9))
     gaps = sorted(gap for each in timed for gap in each.itl_s)
+    found = [bench.ties.count(asked, ours.tokens, resident.rounds[0].tokens) for ours in this.rounds]
     return {
         "arm": name,
         "budget": budget,
@@ -274,7 +291,9 @@ def _row(name: str, budget: int, batch: int, this: _Running, resident: _Running)
         "wasted_bytes": total.wasted_bytes,
         "hit_rate": total.hit_rate,
         "experts_per_step": sum(len(experts) for _, experts in this.visits) / len(trace),
-        "identical": all(ours.tokens == resident.rounds[0].tokens for ours in this.rounds),
+        "identical": not any(each.near_ties or each.others for each in found),
+        "near_ties": sum(each.near_ties for each in found),
+        "other_differences": sum(each.others for each in found),
         "stall_ms_per_token": 1e3 * total.stall_s / num_tokens,
         "file_bytes_per_s": file_rate["bytes_per_s"],
         "file_latency_us": 1e6 * file_rate["latency_s"],

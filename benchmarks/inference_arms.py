@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 _NONE: dict[str, Any] = {"predictors": ()}
 ARMS: dict[str, dict[str, Any]] = {
     "resident": {**_NONE, "expert_memory": "100%"},
@@ -19,9 +21,9 @@ ARMS: dict[str, dict[str, Any]] = {
 """Options of the engine, by arm."""
 
 
-def options_of(name: str, budget: int, batch: int) -> dict[str, Any]:
+def options_of(name: str, budget: int, batch: int, dtype: str = "float32") -> dict[str, Any]:
     """Keyword arguments of `InferenceEngine`, for a budget in percent and so many requests at once."""
-    options = {"expert_memory": f"{budget}%", "kv_tokens": 256 * max(batch, 4), **ARMS[name]}
+    options = {"expert_memory": f"{budget}%", "kv_tokens": 256 * max(batch, 4), "dtype": dtype, **ARMS[name]}
     if options["expert_memory"] == "one expert":
-        options["expert_memory"] = 3 * 256 * 128 * 4
+        options["expert_memory"] = 3 * 256 * 128 * getattr(torch, dtype).itemsize
     return options

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,19 +57,38 @@ def plan(expert_index: Tensor, num_experts: int) -> Plan:
         from raymoe.kernels.plan_triton import plan_triton
 
         return plan_triton(expert_index, num_experts)
+    if device.type == "cpu" and not is_compiling:
+        return _plan_cpu(expert_index, num_experts)
     num_tokens, top_k = expert_index.shape
     expert, order = expert_index.reshape(-1).to(torch.int64).sort(stable=True)
-    is_readable = device.type == "cpu" and not is_compiling
-    if is_readable and expert.numel() and not 0 <= int(expert[0]) <= int(expert[-1]) <= num_experts:
-        raise ValueError(
-            f"expert_index holds values from {int(expert[0])} to {int(expert[-1])}, "
-            f"but there are {num_experts} experts; use 0 to {num_experts - 1}, or {num_experts} for no expert"
-        )
     bounds = torch.arange(num_experts + 1, device=device)
     offsets = torch.searchsorted(expert, bounds, out_int32=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=device))
     token = torch.div(order, max(top_k, 1), rounding_mode="trunc")
     return Plan(order, token, expert, inverse.view(num_tokens, top_k), offsets)
+
+
+def _plan_cpu(expert_index: Tensor, num_experts: int) -> Plan:
+    """In NumPy, whose calls take a third of torch's time for a few rows, and whose radix sort half of it for many."""
+    num_tokens, top_k = expert_index.shape
+    given = expert_index.reshape(-1).numpy()
+    if given.size and not 0 <= given.min() <= given.max() <= num_experts:
+        raise ValueError(
+            f"expert_index holds values from {given.min()} to {given.max()}, "
+            f"but there are {num_experts} experts; use 0 to {num_experts - 1}, or {num_experts} for no expert"
+        )
+    order = given.astype(np.uint16 if num_experts < 1 << 16 else np.uint32).argsort(kind="stable")
+    expert = given[order].astype(np.int64, copy=False)
+    offsets = expert.searchsorted(_numbers(num_experts + 1)).astype(np.int32)
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(order.size)
+    sorted_rows = (order, order // max(top_k, 1), expert, inverse.reshape(num_tokens, top_k), offsets)
+    return Plan(*map(torch.from_numpy, sorted_rows))
+
+
+@lru_cache
+def _numbers(count: int) -> np.ndarray:
+    return np.arange(count)
 
 
 def real_rows(plan: Plan) -> int | None:

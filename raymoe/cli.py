@@ -264,6 +264,10 @@ def bench_inference(
     tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each request.")] = 48,
     rivals: Annotated[str, typer.Option(help="Budgets under which other systems run as well; '' for none.")] = "25",
     crowded: Annotated[str, typer.Option(help="Budgets for more requests than a step holds; '' for none.")] = "25",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        typer.Option(help="bfloat16 says which tokens differ, and whether they are near-ties."),
+    ] = "float32",
     folder: Annotated[
         Path | None, typer.Option(help="Where the trained model is kept; it is made there if it is not.")
     ] = None,
@@ -272,7 +276,7 @@ def bench_inference(
     """Compare engines whose experts do not fit: caching, prediction, batching by routes, and what others do."""
     from raymoe.commands.bench import bench_inference as run
 
-    run(arms, budgets, batches, rounds, tokens, rivals, crowded, folder, shown_console(), shown_command(), json)
+    run(arms, budgets, batches, rounds, tokens, rivals, crowded, dtype, folder, shown_console(), shown_command(), json)
 
 
 @bench.command(name="engines")

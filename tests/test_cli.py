@@ -1,6 +1,5 @@
 """The command as a user runs it, in processes of its own."""
 
-import json
 import os
 import signal
 import subprocess
@@ -62,20 +61,6 @@ def test_serving_a_directory_without_a_model(tmp_path):
     shown = raymoe("serve", str(tmp_path), cwd=tmp_path)
     assert shown.returncode == 2
     assert "error: model: no config.json in" in shown.stderr
-
-
-def test_train_writes_checkpoint_report_and_json(tmp_path, text):
-    shown = raymoe("train", str(EXAMPLE), *TINY, text, "steps=3", "--json", "out.json", cwd=tmp_path)
-    assert shown.returncode == 0, shown.stderr
-    assert "step     3/3  loss " in shown.stdout
-    result = json.loads((tmp_path / "out.json").read_text())
-    assert [row["step"] for row in result["rows"]] == [0, 1, 2]
-    assert result["meta"]["command"].endswith("--json out.json")
-    assert set(result["meta"]["bits_per_byte"]) == {"raymoe model", "unigram", "gzip -9", "xz -9e"}
-    run = tmp_path / "runs" / "train"
-    assert (run / "report.html").read_text().startswith("<!doctype html>")
-    assert (run / "checkpoint" / "tokenizer.json").is_file()
-    assert (run / "trace" / "rank-1.parquet").is_file()
 
 
 def test_ctrl_c_stops_at_once_and_leaves_no_process(tmp_path, text):

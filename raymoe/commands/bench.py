@@ -73,6 +73,7 @@ def bench_inference(
     tokens: int,
     rivals: str,
     crowded: str,
+    dtype: str,
     folder: Path | None,
     console: Console,
     command: str,
@@ -86,7 +87,7 @@ def bench_inference(
     percents, sizes = _numbers("--budgets", budgets), _numbers("--batches", batches)
     others = _numbers("--rivals", rivals) if rivals else []
     crowds = _numbers("--crowded", crowded) if crowded else []
-    benchmark.run(names, percents, sizes, rounds, tokens, others, crowds, folder, console, command, json)
+    benchmark.run(names, percents, sizes, rounds, tokens, others, crowds, dtype, folder, console, command, json)
 
 
 def bench_engines(batches: str, rounds: int, tokens: int, console: Console, command: str, json: Path | None) -> None:

@@ -40,7 +40,8 @@ def test_ray_job_submit_trains_and_serve_run_serves(tmp_path):
         # the cluster's token is in this process's environment, which the commands inherit
         job = [BIN / "ray", "job", "submit", "--address", dashboard_url, "--working-dir", EXAMPLE.parent, "--"]
         train = [sys.executable, "-m", "raymoe", "train", EXAMPLE.name, *TINY, "steps=3", f"output={output}"]
-        submit = [*map(str, job), *train, f"data.source={tmp_path / 'text.txt'}"]
+        told = tmp_path / "out.json"
+        submit = [*map(str, job), *train, f"data.source={tmp_path / 'text.txt'}", "--json", str(told)]
         until = time.monotonic() + 60
         while True:
             done = subprocess.run(submit, capture_output=True, text=True, timeout=280)
@@ -50,7 +51,13 @@ def test_ray_job_submit_trains_and_serve_run_serves(tmp_path):
             time.sleep(1)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "step     3/3  loss " in done.stdout
-        assert (output / "report.html").is_file()
+        result = json.loads(told.read_text())
+        assert [row["step"] for row in result["rows"]] == [0, 1, 2]
+        assert result["meta"]["command"].endswith(f"--json {told}")
+        assert set(result["meta"]["bits_per_byte"]) == {"raymoe model", "unigram", "gzip -9", "xz -9e"}
+        assert (output / "report.html").read_text().startswith("<!doctype html>")
+        assert (output / "checkpoint" / "tokenizer.json").is_file()
+        assert (output / "trace" / "rank-1.parquet").is_file()
 
         serve = [
             BIN / "serve",

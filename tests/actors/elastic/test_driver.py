@@ -31,7 +31,7 @@ with WorkerGroup(job) as group:
 @pytest.mark.parametrize("detached", [False, True])
 def test_the_driver_dies(cluster, job, tmp_path, detached):
     path = tmp_path / "job.pickle"
-    asked = job(**ELASTIC | {"steps": 60 if detached else 100_000, "detached": detached})
+    asked = job(**ELASTIC | {"workers": 2, "steps": 60 if detached else 100_000, "detached": detached})
     path.write_bytes(pickle.dumps(asked))
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, cluster.address, str(path)], stdout=subprocess.PIPE, text=True
