@@ -1,7 +1,12 @@
-"""Traps for workers: named points of the product's code at which a process looks whether it is to die, or to wait, right there.
+"""What workers of these tests have changed as they import it.
 
-A trap is a file, `<point>.<member>`, in a folder that all nodes see. The worker with that number takes it away and does what it
-says: `die`, at once and without a word, or `wait`, until somebody takes `<point>.<member>.waits` away.
+Traps are named points of the product's code at which a process looks whether it is to die, or to wait, right there. A trap is a
+file, `<point>.<member>`, in a folder that all nodes see. The worker with that number takes it away and does what it says: `die`,
+at once and without a word, or `wait`, until somebody takes `<point>.<member>.waits` away.
+
+The model's family rounds to float32 in its norms, its attention and its router, also in float64. Sooner or later a last bit that
+differs falls on the other side of such a rounding (in step 381 of a soak), is 1e-8 then, and grows. So workers compute in
+float64 all through, and so does the run that they are compared with.
 """
 
 import functools
@@ -29,6 +34,7 @@ POINTS = {
     # the trained model is gathered and written
     "save": ("raymoe.training.export", "write_model"),
 }
+FAMILY = "transformers.models.olmoe.modeling_olmoe"
 _VARIABLE = "RAYMOE_TEST_TRAPS"
 _FEW_BYTES = 64
 _WAIT_S = 30.0
@@ -63,16 +69,27 @@ class Traps:
 
 
 def arm() -> None:
-    """Ray calls this first in every worker process: modules that have a point get it as they are imported."""
+    """Ray calls this first in every worker process: modules that are to be changed are as they are imported."""
     sys.meta_path.insert(0, _Finder())
 
 
+class Wide:
+    """torch, to whom float32 is float64."""
+
+    def __init__(self, torch):
+        self._torch = torch
+        self.float = self.float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(self._torch, name)
+
+
 class _Finder:
-    """Finds the modules with points as everybody does, and changes what they define."""
+    """Finds the modules that are to be changed as everybody does, and changes what they define."""
 
     def find_spec(self, name, path=None, target=None):
         points = {point: place for point, (module, place) in POINTS.items() if module == name}
-        if not points:
+        if not points and name != FAMILY:
             return None
         sys.meta_path.remove(self)
         try:
@@ -85,6 +102,8 @@ class _Finder:
 
         def and_change(module):
             execute(module)
+            if name == FAMILY:
+                module.torch = Wide(module.torch)
             for point, place in points.items():
                 *owners, last = place.split(".")
                 owner = module
