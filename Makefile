@@ -10,9 +10,9 @@ WHEEL := build/wheel
 demo: $(VENV)/.installed
 	$(BIN)/raymoe demo
 
-# three tests at once: on two cores one of them mostly waits for a process to start; a file's tests stay together, as they share clusters
+# two tests at once; a file's tests stay together, as they share clusters
 test: lint
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -50,7 +50,7 @@ class _Member:
     has_arrived: bool = False
     """It has held all that it was told to, once."""
     is_leaving: bool = False
-    """It goes as soon as the others hold what it had."""
+    """It gives as long as it can, owns nothing more, and goes as soon as the others hold what it had."""
 
 
 class HostFleet:
@@ -151,6 +151,9 @@ class HostFleet:
     def _hire(self) -> None:
         with self._lock:
             count = self._count
+        leaving_nodes = self._leaving_nodes()
+        for member in self._members.values():
+            member.is_leaving |= member.state is not None and member.state.node in leaving_nodes
         staying = [member for member in self._members.values() if not member.is_leaving]
         # the youngest go: there are fewest who know them
         for member in sorted(staying, key=lambda m: m.number)[count:]:
@@ -235,8 +238,7 @@ class HostFleet:
     def _share(self) -> bool:
         """Says what each host is to hold, if it is time to; True if who owns what has changed."""
         there = {m.number: m.state for m in self._members.values() if m.state is not None and not m.is_leaving}
-        leaving = self._leaving()
-        staying = sorted(number for number, state in there.items() if state.node not in leaving) or sorted(there)
+        staying = sorted(there)
         if not staying:
             return False
         num_experts = there[staying[0]].num_experts
@@ -288,8 +290,8 @@ class HostFleet:
         now = sum(held(self._members[number].wanted or []) for number in staying)
         return sum(map(held, wanted)) > _BETTER * now
 
-    def _leaving(self) -> set[str]:
-        """Nodes that are about to be taken away; their hosts give as long as they can, but own nothing more."""
+    def _leaving_nodes(self) -> set[str]:
+        """Nodes that are about to be taken away."""
         asked_s, nodes = self._drained
         if time.monotonic() - asked_s > 5 * _BEAT_S:
             nodes = draining_nodes()

@@ -64,7 +64,7 @@ def test_serving_a_directory_without_a_model(tmp_path):
 
 
 def test_ctrl_c_stops_at_once_and_leaves_no_process(tmp_path, text):
-    command = [sys.executable, "-m", "raymoe", "train", str(EXAMPLE), *TINY, text, "steps=100000"]
+    command = [sys.executable, "-m", "raymoe", "train", str(EXAMPLE), *TINY, text, "workers=1", "steps=100000"]
     process = subprocess.Popen(
         command,
         cwd=tmp_path,

@@ -10,7 +10,9 @@ import psutil
 import pytest
 import ray
 import torch
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from raymoe.actors.expert_directory import start_directory
 from raymoe.actors.host_client import HostClient
@@ -223,6 +225,26 @@ def test_a_host_that_dies_is_made_up_for_and_replaced(fleet, client, make_engine
         generating.more()
         assert tiers_of(engine)["file"]["reads"] == reads
     assert facts_of(fleet)["deaths"] == 1
+
+
+@pytest.mark.slow
+def test_a_node_that_drains_is_left_before_it_goes(cluster, fleet, client, make_engine, wanted):
+    before = settled(fleet, 3)
+    deaths, leaving = facts_of(fleet)["deaths"], before[min(before)]["node"]
+    engine = make_engine(client)
+    cluster.add_node(num_cpus=1)
+    with Generating(engine, wanted) as generating:
+        deadline_ms = int((time.time() + PATIENCE_S) * 1000)
+        reason = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+        accepted, why = GcsClient(address=cluster.address).drain_node(leaving, reason, "test", deadline_ms)
+        assert accepted, why
+        until(lambda: leaving not in {host["node"] for host in settled(fleet, 3).values()}, "its host is elsewhere")
+        until(knows_all(client), "all experts are known again")
+        generating.more()
+    assert tiers_of(engine)["hosts"]["failures"] == 0
+    cluster.remove_node(next(node for node in cluster.worker_nodes if node.node_id == leaving))
+    settled(fleet, 3)
+    assert facts_of(fleet)["deaths"] == deaths
 
 
 @pytest.mark.slow
