@@ -58,11 +58,11 @@ def _gate_and_up(
     weights = halves(experts.gate_up, spec, dim)
     biases = (None, None) if experts.gate_up_bias is None else halves(experts.gate_up_bias, spec, 1)
     into = (None, None) if grad_into is None else halves(grad_into, spec, dim)
-    products = (
+    gate, up = (
         _expert_linear(rows, weight, bias, plan, spec, buffer)
         for rows, weight, bias, buffer in zip((gate_rows, up_rows), weights, biases, into, strict=True)
     )
-    return joined(*products, spec)
+    return joined(gate, up, spec)
 
 
 def takes_narrow(experts: Experts) -> bool:

@@ -50,10 +50,10 @@ def active_counts(model: PreTrainedModel, settings: CompressionSettings | None =
             # summed once (a product and a sum each), then on the rows once and in each main expert
             others = layer.top_k - count
             vector_flops += 2 * others * width + (1 if settings.tie_input else 2) * hidden + count * inner
-    table = model.get_input_embeddings()
+    table = model.get_input_embeddings().get_parameter("weight")
     head = model.get_output_embeddings()
-    is_tied = head is not None and head.weight is table.weight
-    looked_up = 0 if is_tied else table.weight.numel()
+    is_tied = head is not None and head.get_parameter("weight") is table
+    looked_up = 0 if is_tied else table.numel()
     return Counts(
         active_parameters=dense + active_moe,
         active_moe_parameters=active_moe,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raymoe.compression.settings import PRUNES, Keep
-from raymoe.compression.split import Split, split
+from raymoe.compression.split import Split, demoted, split
 from raymoe.compression.vectors import Vectors
 from raymoe.models import MoELayer
 
@@ -26,6 +26,10 @@ class LayerEdit:
     """`mean_output` [E, H] or `is_pruned` bool [E], by the method."""
     by_weight: bool = True
     """See `split`."""
+    absent: Callable[[Split], Tensor | None] | None = None
+    """Of serving: bool [E], experts that are not to be waited for; None if there is none. They then act through their vectors."""
+    demotions: Callable[[Tensor], None] | None = None
+    """Told which main experts were: bool [T, M]."""
 
     def __call__(self, hidden: Tensor, index: Tensor, weight: Tensor, compute: Callable[..., Tensor]) -> Tensor:
         if self.method in PRUNES:
@@ -34,6 +38,7 @@ class LayerEdit:
             return compute(hidden, index, weight)
         parts = split(index, weight, self.layer.num_experts, self.keep, by_weight=self.by_weight)
         if self.vectors is not None:
+            parts = self._at_hand(parts)
             scales = self.vectors(parts)
             return compute(
                 hidden,
@@ -45,6 +50,15 @@ class LayerEdit:
         main_weight = _made_up(parts) if self.method == "drop_renormalised" else parts.main_weight
         out = compute(hidden, parts.main_index, main_weight)
         return out + self._mean(parts).to(out.dtype) if self.method == "mean_vector" else out
+
+    def _at_hand(self, parts: Split) -> Split:
+        is_absent = None if self.absent is None else self.absent(parts)
+        if is_absent is None:
+            return parts
+        parts, is_gone = demoted(parts, is_absent, self.layer.num_experts)
+        if self.demotions is not None:
+            self.demotions(is_gone)
+        return parts
 
     def _mean(self, parts: Split) -> Tensor:
         """[T, H]: each other expert's mean output, with the router's own weight."""

@@ -101,10 +101,9 @@ def fit(
 
 
 def _loss(model: PreTrainedModel, teacher: Callable[[Tensor], Tensor] | None, rows: Tensor) -> Tensor:
-    if teacher is not None:
-        wanted = teacher(rows[:, :-1])
+    wanted = None if teacher is None else teacher(rows[:, :-1])
     logits = model(input_ids=rows[:, :-1], use_cache=False).logits.float().flatten(0, 1)
-    if teacher is None:
+    if wanted is None:
         return F.cross_entropy(logits, rows[:, 1:].flatten())
     return F.kl_div(logits.log_softmax(-1), wanted.flatten(0, 1), reduction="batchmean", log_target=True)
 

@@ -32,6 +32,23 @@ class Split(NamedTuple):
         return wide / wide.sum(-1, keepdim=True).clamp_min(_EPS)
 
 
+def demoted(parts: Split, is_absent: Tensor, num_experts: int) -> tuple[Split, Tensor]:
+    """`parts` with main experts that are absent among the others, but for each token's strongest; and bool [T, M]: which.
+
+    Args:
+        is_absent: bool [E].
+    """
+    is_gone = torch.cat([is_absent, is_absent.new_zeros(1)])[parts.main_index]
+    is_gone[:, 0] = False
+    moved = Split(
+        torch.where(is_gone, num_experts, parts.main_index),
+        torch.where(is_gone, 0, parts.main_weight),
+        torch.cat([parts.other_index, torch.where(is_gone, parts.main_index, num_experts)], dim=1),
+        torch.cat([parts.other_weight, torch.where(is_gone, parts.main_weight, 0)], dim=1),
+    )
+    return moved, is_gone
+
+
 def split(index: Tensor, weight: Tensor, num_experts: int, keep: Keep, *, by_weight: bool = True) -> Split:
     """Parts each token's experts: the strongest are main, of a token's |S| experts as many as `keep` says.
 

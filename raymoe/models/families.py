@@ -39,7 +39,7 @@ def open_parts(model: PreTrainedModel, path: Path | str) -> None:
 
 def _register(family: str) -> None:
     base_config = CONFIG_MAPPING[family]
-    base_model = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
+    base_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
     name = PREFIX + family
 
     def from_pretrained(cls: Any, path: Any, *args: Any, **options: Any) -> Any:
@@ -66,7 +66,8 @@ def _register(family: str) -> None:
 
 def class_of(family: str) -> type[PreTrainedModel]:
     """The model class of `raymoe_<family>`."""
-    return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[PREFIX + family]]
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[PREFIX + family]]
+    return found
 
 
 for _family in FAMILIES:
