@@ -171,6 +171,7 @@ class InferenceEngine:
             self._meter,
             cancel=lambda request_id: self._batcher.cancel(request_id),
             ended=self._foresight.ended,
+            stood_in=None if self._standing_in is None else self._standing_in.taken,
         )
         self._batcher = Batcher(
             loaded,

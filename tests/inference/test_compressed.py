@@ -1,11 +1,16 @@
 """Engines with compressed models: main experts alone go through the cache."""
 
+import queue
+
 import pytest
 import torch
 
 from raymoe import compression
 from raymoe.compression.split import demoted, split
-from raymoe.inference import InferenceEngine
+from raymoe.config import TrainConfig
+from raymoe.inference import Delta, InferenceEngine
+from raymoe.serving.openai_answers import Usage
+from raymoe.training.job import job_fields
 from tests.compression.test_compress import stir
 from tests.inference.conftest import generate_alone, random_prompts
 from tests.inference.test_engine import greedy
@@ -55,14 +60,29 @@ def test_vectors_stand_in_for_what_is_missing(compressed):
     options = {"max_batch_tokens": 64, "kv_tokens": 1024, "device": "cpu", "predictors": (), "on_miss": "compressed"}
     prompts = random_prompts([12, 9])
     engine = InferenceEngine(path, expert_memory="20%", **options)
+    inbox: queue.Queue[Delta] = queue.Queue()
     try:
         answers = engine.generate(prompts, greedy(6))
         stats = engine.stats()
+        engine.submit(prompts[0], greedy(6), inbox.put)
+        while (last := inbox.get(timeout=30)).finish_reason is None:
+            assert last.stood_in is None
+        after = engine.stats()
     finally:
         engine.close()
     assert [len(answer) for answer in answers] == [6, 6]
     assert stats["stood_in"]["rows"] == sum(stats["stood_in"]["by_rank"].values()) > 0
     assert set(stats["stood_in"]["by_rank"]) <= {1, 2}
+    assert last.stood_in == after["stood_in"]["rows"] - stats["stood_in"]["rows"]
+    usage = Usage(12, 6, last.stood_in)
+    assert usage.as_json()["stood_in_rows"] == last.stood_in
+    assert "stood_in_rows" not in Usage(12, 6).as_json()
+
+
+def test_training_refuses_a_compressed_model_by_name(compressed, tmp_path):
+    _, path = compressed()
+    with pytest.raises(ValueError, match="has compressed experts, which raymoe train does not fit"):
+        job_fields(TrainConfig.model_validate({"model": {"path": path}}), tmp_path, path)
 
 
 def test_with_everything_resident_nothing_is_replaced(compressed):
