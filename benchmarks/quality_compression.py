@@ -25,12 +25,12 @@ from raymoe.models.layers import moe_layers
 
 _LENGTH, _BATCH = 128, 16
 _HELD_OUT = 128
-_SHAPE = {
+_SHAPE: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 4, "num_experts": 8, "num_experts_per_tok": 4, "max_position_embeddings": 256,
     "router_aux_loss_coef": 0.01,
 }  # fmt: skip
-_PUBLISHED: dict[str, tuple[dict[str, int], float]] = {
+_PUBLISHED: dict[str, tuple[dict[str, Any], float]] = {
     "phimoe": ({"hidden_size": 4096, "intermediate_size": 6400, "num_hidden_layers": 32, "num_local_experts": 16,
                 "num_experts_per_tok": 2, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32064}, -33.8),
     "olmoe": ({"hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16, "num_experts": 64,

@@ -68,7 +68,7 @@ class StandingIn:
         token, rank = (x.tolist() for x in is_gone.nonzero(as_tuple=True))
         self.rows += len(rank)
         self.by_rank.update(rank)
-        self._by_request.update(self.names[row] for row in token if row < len(self.names))
+        self._by_request.update(self.names[int(row)] for row in token if row < len(self.names))
 
 
 def refuse_untrained(model: PreTrainedModel) -> None:
