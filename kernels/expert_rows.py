@@ -13,6 +13,7 @@ from torch import Tensor
 from raymoe.kernels.backend import choose_backend, count_call
 from raymoe.kernels.checks import check_experts, given_experts
 from raymoe.kernels.cpu_backend import expert_rows_cpu
+from raymoe.kernels.input_scale import InputScale, check_input_scale, scaled_inputs
 from raymoe.kernels.operands import Experts
 from raymoe.kernels.plan import Plan
 from raymoe.kernels.quantize import dequantized
@@ -34,6 +35,7 @@ def expert_rows(
     spec: ExpertSpec | None = None,
     biases: tuple[Tensor, Tensor] | None = None,
     hidden_scale: Tensor | None = None,
+    input_scale: InputScale | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> None:
@@ -53,6 +55,7 @@ def expert_rows(
         spec: what the model's family differs in; default: gated silu.
         biases: ([slots, 2I] added before the gate, [slots, H] added after down).
         hidden_scale: [T, I], multiplies the activated inner row of a token.
+        input_scale: as `moe_mlp` takes it; [T, H] costs the same as scaling `hidden` before the first call.
         scales: with weights in 8 bits, the pair that `quantize_experts` returned.
         backend: auto | triton | cpu | torch | reference; keep to one within a step.
 
@@ -63,24 +66,27 @@ def expert_rows(
     slots = slots if slots is not None else experts
     given = given_experts(gate_up, down, biases, scales)
     check_experts(hidden, given, spec, hidden_scale)
+    if input_scale is not None:
+        check_input_scale(hidden, input_scale, spec)
+    hidden, up_hidden = scaled_inputs(hidden, input_scale)
     _check_places(hidden, gate_up, plan, experts, slots, out)
     backend = choose_backend(backend, spec, hidden, gate_up).backend
     count_call(backend)
-    if backend == "triton":
+    if up_hidden is None and backend == "triton":
         from raymoe.kernels.triton_backend import expert_rows_triton
 
         expert_rows_triton(hidden, given, plan, experts, slots, out, spec, hidden_scale)
-    elif backend == "cpu":
+    elif up_hidden is None and backend == "cpu":
         expert_rows_cpu(hidden, given, plan, experts, slots, out, spec, hidden_scale)
     else:
         ends = plan.offsets.tolist()
         active = [(e, slot) for e, slot in zip(experts, slots, strict=True) if ends[e] < ends[e + 1]]
-        if backend == "torch" and takes_narrow(given):
+        if up_hidden is None and backend == "torch" and takes_narrow(given):
             narrow = [(e, slot) for e, slot in active if ends[e + 1] - ends[e] < NARROW]
             if narrow:
                 narrow_rows(hidden, given, plan, narrow, ends, out, spec, hidden_scale)
             active = [(e, slot) for e, slot in active if ends[e + 1] - ends[e] >= NARROW]
-        _loop(hidden, given, plan, active, ends, out, spec, hidden_scale)
+        _loop(hidden, given, plan, active, ends, out, spec, hidden_scale, up_hidden)
 
 
 def _loop(
@@ -92,13 +98,15 @@ def _loop(
     out: Tensor,
     spec: ExpertSpec,
     hidden_scale: Tensor | None,
+    up_hidden: Tensor | None,
 ) -> None:
     for e, slot in active:
         start, end = ends[e], ends[e + 1]
         token = plan.token[start:end]
         scale = hidden_scale.index_select(0, token) if hidden_scale is not None else None
-        one = weights.at(slot)
-        out[start:end] = expert_mlp(hidden.index_select(0, token), dequantized(one, hidden.dtype, spec), 0, spec, scale)
+        up_rows = up_hidden.index_select(0, token) if up_hidden is not None else None
+        one = dequantized(weights.at(slot), hidden.dtype, spec)
+        out[start:end] = expert_mlp(hidden.index_select(0, token), one, 0, spec, scale, up_rows)
 
 
 def _check_places(

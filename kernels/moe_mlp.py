@@ -13,6 +13,7 @@ from raymoe.kernels.checks import check_experts, check_grad_into, check_routing,
 from raymoe.kernels.combine import combine
 from raymoe.kernels.cpu_backend import expert_rows_cpu
 from raymoe.kernels.fused import moe_mlp_fused
+from raymoe.kernels.input_scale import InputScale, check_input_scale, scaled_inputs
 from raymoe.kernels.operands import Experts
 from raymoe.kernels.plan import plan
 from raymoe.kernels.quantize import dequantized
@@ -32,14 +33,15 @@ def moe_mlp(
     spec: ExpertSpec | None = None,
     biases: tuple[Tensor, Tensor] | None = None,
     hidden_scale: Tensor | None = None,
+    input_scale: InputScale | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
     grad_into: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Route each token through its experts and sum what they answer, weighted, in choice order.
 
-    Differentiable in `hidden`, both weights, `expert_weight`, `biases` and `hidden_scale`. Choices without an expert cost
-    nothing, and whatever stands there (a NaN weight, say) reaches neither the result nor a gradient.
+    Differentiable in `hidden`, both weights, `expert_weight`, `biases`, `hidden_scale` and `input_scale`. Choices without an
+    expert cost nothing, and whatever stands there (a NaN weight, say) reaches neither the result nor a gradient.
 
     Args:
         hidden: [T, H].
@@ -51,6 +53,8 @@ def moe_mlp(
         spec: what the model's family differs in.
         biases: ([E, 2I] added before the gate, [E, H] added after down).
         hidden_scale: [T, I], multiplies the activated inner row of a token in each of its experts.
+        input_scale: [T, H], multiplies what a token's experts read: the rows are scaled before they are spread. A pair of
+            them is for gate and for up: these are then two products, in torch ops for every backend but the reference.
         scales: with weights in 8 bits, the pair that `quantize_experts` returned; forward only.
         grad_into: buffers like the two weights: backward adds the weights' gradients to them, touching only experts that had
             rows, and the weights themselves get none.
@@ -66,25 +70,28 @@ def moe_mlp(
     experts = given_experts(gate_up, down, biases, scales)
     check_experts(hidden, experts, spec, hidden_scale)
     check_routing(hidden, expert_index, expert_weight)
+    if input_scale is not None:
+        check_input_scale(hidden, input_scale, spec)
+    hidden, up_hidden = scaled_inputs(hidden, input_scale)
     if grad_into is not None:
         check_grad_into(experts, grad_into)
     needs_grad = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (hidden, *experts, expert_weight, hidden_scale)
+        x is not None and x.requires_grad for x in (hidden, up_hidden, *experts, expert_weight, hidden_scale)
     )
     if needs_grad and scales is not None:
         raise ValueError("quantised weights (scales) have no backward pass; call it under torch.no_grad()")
     backend = choose_backend(backend, spec, hidden, gate_up, needs_grad=needs_grad).backend
     count_call(backend)
-    if backend == "triton":
+    if up_hidden is None and backend == "triton":
         return moe_mlp_fused(hidden, experts, expert_index, expert_weight, spec, hidden_scale, grad_into)
-    if backend == "cpu":
+    if up_hidden is None and backend == "cpu":
         return _on_cpu(hidden, experts, expert_index, expert_weight, spec, hidden_scale)
     experts = dequantized(experts, hidden.dtype, spec)
-    if backend == "torch":
-        return moe_mlp_torch(hidden, experts, expert_index, expert_weight, spec, hidden_scale, grad_into)
+    if backend != "reference":
+        return moe_mlp_torch(hidden, experts, expert_index, expert_weight, spec, hidden_scale, grad_into, up_hidden)
     if grad_into is not None:
         raise ValueError("backend='reference' leaves gradients to autograd and takes no grad_into")
-    return moe_mlp_reference(hidden, experts, expert_index, expert_weight, spec, hidden_scale)
+    return moe_mlp_reference(hidden, experts, expert_index, expert_weight, spec, hidden_scale, up_hidden)
 
 
 def explain(

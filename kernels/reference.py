@@ -9,17 +9,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raymoe.kernels.input_scale import halves, joined
 from raymoe.kernels.operands import Experts
 from raymoe.kernels.spec import ExpertSpec, apply_gate
 
 
-def expert_mlp(x: Tensor, experts: Experts, slot: int, spec: ExpertSpec, scale: Tensor | None = None) -> Tensor:
-    """Rows [n, H] of the expert at a slot -> [n, H], before the routing weight; scale [n, I]."""
+def expert_mlp(
+    x: Tensor,
+    experts: Experts,
+    slot: int,
+    spec: ExpertSpec,
+    scale: Tensor | None = None,
+    up_x: Tensor | None = None,
+) -> Tensor:
+    """Rows [n, H] of the expert at a slot -> [n, H], before the routing weight; scale [n, I].
+
+    up_x: [n, H], what the up projection reads where that is not `x`.
+    """
     gate_up, down = experts.gate_up[slot], experts.down[slot]
     if spec.is_transposed:
         gate_up, down = gate_up.T, down.T
     gate_up_bias, down_bias = (None if b is None else b[slot] for b in (experts.gate_up_bias, experts.down_bias))
-    inner = apply_gate(F.linear(x, gate_up, gate_up_bias), spec)
+    if up_x is None:
+        pre = F.linear(x, gate_up, gate_up_bias)
+    else:
+        gate_weight, up_weight = halves(gate_up, spec, 0)
+        pre = joined(F.linear(x, gate_weight), F.linear(up_x, up_weight), spec)
+        pre = pre if gate_up_bias is None else pre + gate_up_bias
+    inner = apply_gate(pre, spec)
     if scale is not None:
         inner = (inner * scale).to(x.dtype)
     rows = F.linear(inner, down, down_bias)
@@ -33,6 +50,7 @@ def moe_mlp_reference(
     expert_weight: Tensor,
     spec: ExpertSpec,
     hidden_scale: Tensor | None,
+    up_hidden: Tensor | None,
 ) -> Tensor:
     """`moe_mlp` in the plainest form; the truth the other backends are tested against."""
     acc_dtype = torch.promote_types(torch.promote_types(hidden.dtype, torch.float32), expert_weight.dtype)
@@ -40,6 +58,7 @@ def moe_mlp_reference(
     for e in range(experts.gate_up.shape[0]):
         token, choice = (expert_index == e).nonzero(as_tuple=True)
         scale = hidden_scale[token] if hidden_scale is not None else None
-        rows = expert_mlp(hidden[token], experts, e, spec, scale)
+        up_rows = up_hidden[token] if up_hidden is not None else None
+        rows = expert_mlp(hidden[token], experts, e, spec, scale, up_rows)
         out = out.index_add(0, token, rows * expert_weight[token, choice, None].to(acc_dtype))
     return out.to(hidden.dtype)

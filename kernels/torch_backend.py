@@ -11,6 +11,7 @@ from torch import Tensor
 from raymoe.kernels.combine import combine_torch, gather_rows
 from raymoe.kernels.cpu_products import fits_cache, swapped_product
 from raymoe.kernels.grouped_mm import grouped_mm
+from raymoe.kernels.input_scale import halves, joined
 from raymoe.kernels.operands import Experts
 from raymoe.kernels.plan import Plan, has_expert, plan, real_rows, row_places
 from raymoe.kernels.spec import ExpertSpec, apply_gate
@@ -27,12 +28,19 @@ def moe_mlp_torch(
     spec: ExpertSpec,
     hidden_scale: Tensor | None,
     grad_into: tuple[Tensor, Tensor] | None,
+    up_hidden: Tensor | None = None,
 ) -> Tensor:
-    """`moe_mlp` from differentiable torch ops. Rows without an expert cost no GEMM."""
+    """`moe_mlp` from differentiable torch ops. Rows without an expert cost no GEMM.
+
+    up_hidden: [T, H], what the up projections read where that is not `hidden`: gate and up are then two products.
+    """
     routing = plan(expert_index, experts.gate_up.shape[0])
     gate_up_into, down_into = grad_into if grad_into is not None else (None, None)
     rows = gather_rows(hidden, routing)
-    pre = _expert_linear(rows, experts.gate_up, experts.gate_up_bias, routing, spec, gate_up_into)
+    if up_hidden is None:
+        pre = _expert_linear(rows, experts.gate_up, experts.gate_up_bias, routing, spec, gate_up_into)
+    else:
+        pre = _gate_and_up(rows, gather_rows(up_hidden, routing), experts, routing, spec, gate_up_into)
     inner = apply_gate(pre, spec)
     if hidden_scale is not None:
         inner = (inner * gather_rows(hidden_scale, routing)).to(hidden.dtype)
@@ -40,6 +48,21 @@ def moe_mlp_torch(
     if spec.post_norm is not None:
         rows = spec.post_norm(rows)
     return combine_torch(rows, routing, expert_weight)
+
+
+def _gate_and_up(
+    gate_rows: Tensor, up_rows: Tensor, experts: Experts, plan: Plan, spec: ExpertSpec, grad_into: Tensor | None
+) -> Tensor:
+    """Pre-activations [R, 2I] where each half reads rows of its own."""
+    dim = 2 if spec.is_transposed else 1
+    weights = halves(experts.gate_up, spec, dim)
+    biases = (None, None) if experts.gate_up_bias is None else halves(experts.gate_up_bias, spec, 1)
+    into = (None, None) if grad_into is None else halves(grad_into, spec, dim)
+    gate, up = (
+        _expert_linear(rows, weight, bias, plan, spec, buffer)
+        for rows, weight, bias, buffer in zip((gate_rows, up_rows), weights, biases, into, strict=True)
+    )
+    return joined(gate, up, spec)
 
 
 def takes_narrow(experts: Experts) -> bool:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from raymoe import env
+from raymoe.cli_compress import COMPRESS_HELP, compress_command
 from raymoe.cli_plan import PLAN_HELP, plan_command
 from raymoe.cli_shared import Json, shown_command, shown_console
 from raymoe.errors import RunFailed
@@ -173,6 +174,7 @@ def experts(
         seed=seed, console=shown_console(), command=shown_command(), json=json)  # fmt: skip
 
 
+app.command(name="compress", help=COMPRESS_HELP)(compress_command)
 app.command(name="plan", help=PLAN_HELP)(plan_command)
 
 

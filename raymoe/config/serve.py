@@ -57,8 +57,10 @@ class ServeConfig(Strict):
     `raymoe predictor train`."""
     expert_hosts: ExpertHostsConfig | None = None
     """Actors that hold experts in memory, on this node and others: a number of them, or {count: 3, memory: 40%, ...}."""
-    on_miss: Literal["wait", "send"] = "wait"
-    """`wait`: bring the expert. `send`: have a host that holds it compute the rows, where that is expected to be cheaper."""
+    on_miss: Literal["wait", "send", "compressed"] = "wait"
+    """`wait`: bring the expert. `send`: have a host that holds it compute the rows, where that is expected to be cheaper.
+    `compressed`: of a model with compressed experts, let the trained vectors of a weaker expert act in its place; this changes
+    answers."""
     max_ongoing_requests: int = Field(default=256, ge=1)
     """Requests a replica works on at once; further ones wait in the queue."""
     max_queued_requests: int = Field(default=512, ge=1)

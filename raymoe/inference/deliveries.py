@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
@@ -34,12 +34,19 @@ class Request:
 class Deliveries:
     """Turns the steps' outputs into each request's deltas. Safe to use from several threads."""
 
-    def __init__(self, meter: Meter, cancel: Callable[[str], None], ended: Callable[[str], None]):
+    def __init__(
+        self,
+        meter: Meter,
+        cancel: Callable[[str], None],
+        ended: Callable[[str], None],
+        stood_in: Callable[[str], int] | None = None,
+    ):
         """`cancel`: makes the generation thread drop a request before its next step; `ended`: told of each that is over, from any
-        thread."""
+        thread; `stood_in`: what the last delta of a request says, see `Delta`."""
         self._meter = meter
         self._cancel = cancel
         self._ended = ended
+        self._stood_in = stood_in
         self._lock = threading.Lock()
         self._requests: dict[str, Request] = {}
         self._finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
@@ -148,6 +155,8 @@ class Deliveries:
             if request.is_over:
                 return
             request.is_over = delta.finish_reason is not None
+            if request.is_over and self._stood_in is not None:
+                delta = replace(delta, stood_in=self._stood_in(request_id))
             try:
                 request.on_delta(delta)
             except Exception:

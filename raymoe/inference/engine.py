@@ -30,6 +30,7 @@ from raymoe.inference.routes import LastPaths
 from raymoe.inference.scheduler import GroupingOptions
 from raymoe.inference.sending import Sending
 from raymoe.inference.servable import end_tokens, refuse_unservable
+from raymoe.inference.standing_in import StandingIn, refuse_untrained
 from raymoe.inference.step_threads import StepThreads
 from raymoe.inference.text import StopWatch
 from raymoe.inference.tiers import ExpertSource, Tiers
@@ -85,7 +86,8 @@ class InferenceEngine:
             grouping: how batches are formed by routes when more requests are active than a step holds; it judges itself, and
                 stops where it does not pay.
             remote: hosts that hold experts; they are asked before the files. Closed together with the engine.
-            on_miss: "wait", or "send": a host computes the rows of an expert that is missing, where that is cheaper.
+            on_miss: "wait", or "send": a host computes the rows of an expert that is missing, where that is cheaper; or, lossy,
+                "compressed": the trained vectors of an expert act in its place, but for a token's strongest.
             expert_precision: "native", or lossy: "bf16", "int8" or "int4", whose file `raymoe experts` has put beside the
                 checkpoint. Hosts must hold the same.
             arena: compute with one copy of all experts in the node's shared memory, which the first engine on the node makes, in
@@ -100,6 +102,8 @@ class InferenceEngine:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         opened = open_model(model, getattr(torch, dtype), device, direct_io=direct_io, precision=expert_precision)
         loaded, layers, form = opened.model, opened.layers, opened.form
+        if on_miss == "compressed":
+            refuse_untrained(loaded)
         if opened.warning is not None:
             _log.warning("%s", opened.warning)
         self._config = loaded.config.get_text_config()
@@ -144,6 +148,7 @@ class InferenceEngine:
             if remote is None or node is None:
                 raise ValueError("on_miss: 'send' needs hosts that hold experts; set expert_hosts, or on_miss: wait")
             self._sending = Sending(remote, node, self.cache, form.expert_bytes, len(layers))
+        self._standing_in = StandingIn(loaded, self.cache) if on_miss == "compressed" else None
         attach_runtime(loaded, CachedExperts(self.cache, form, self._note_routes, self._sending))
         warm_up_layers(layers, getattr(torch, dtype), torch.device(device), is_training=False)
         self._stop_ids = end_tokens(loaded.generation_config.eos_token_id, self._config.eos_token_id)
@@ -166,6 +171,7 @@ class InferenceEngine:
             self._meter,
             cancel=lambda request_id: self._batcher.cancel(request_id),
             ended=self._foresight.ended,
+            stood_in=None if self._standing_in is None else self._standing_in.taken,
         )
         self._batcher = Batcher(
             loaded,
@@ -325,6 +331,7 @@ class InferenceEngine:
             "tiers": [asdict(tier) | {"rate": tier.rate and tier.rate._asdict()} for tier in self._tiers.stats()],
             "tier_facts": self._tiers.facts(),
             "arena": self._arena.facts() if self._arena is not None else None,
+            "stood_in": self._standing_in.facts() if self._standing_in is not None else None,
             "sent": self._sending.facts() if self._sending is not None else None,
             "prediction": self._foresight.report(),
             "grouping": self._batcher.scheduler.stats(),
@@ -354,6 +361,8 @@ class InferenceEngine:
     def _step_begins(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows = self._batcher.scheduler.rows
         self._threads.begin(len(rows))
+        if self._standing_in is not None:
+            self._standing_in.names = rows
         self._foresight.step_begins(kwargs["input_ids"][0, : len(rows)], rows)
 
     def _note_routes(self, layer: int, hidden: Tensor, expert_index: Tensor, wanted: list[int]) -> None:

@@ -5,6 +5,7 @@ T tokens, K choices per token, S = T*K routed rows, H hidden size.
 
 from collections.abc import Callable, Iterable
 from contextlib import closing
+from typing import Any
 
 from torch import Tensor
 
@@ -41,25 +42,37 @@ class CachedExperts:
         self._sending = sending
         self._weights = form.weights(cache.pool)
 
-    def __call__(self, layer: MoELayer, hidden: Tensor, expert_index: Tensor, expert_weight: Tensor) -> Tensor:
-        """(layer, hidden [T, H], expert_index [T, K] int64, expert_weight [T, K]) -> [T, H] in hidden's dtype."""
+    def __call__(
+        self, layer: MoELayer, hidden: Tensor, expert_index: Tensor, expert_weight: Tensor, **scales: Any
+    ) -> Tensor:
+        """(layer, hidden [T, H], expert_index [T, K] int64, expert_weight [T, K]) -> [T, H] in hidden's dtype.
+
+        scales: `input_scale` and `hidden_scale` of compressed experts. Rows under them are not sent: hosts know no scales.
+        """
         routed = plan(expert_index, layer.num_experts)
         # the one host sync of a layer: which experts are wanted decides what is fetched
         wanted = routed.offsets.diff().nonzero().flatten().tolist()
         rows = hidden.new_empty(expert_index.numel(), hidden.shape[1])
-        calls = self._sending.begin(layer.index, hidden, routed, wanted) if self._sending is not None else []
+        sending = None if scales else self._sending
+        calls = sending.begin(layer.index, hidden, routed, wanted) if sending is not None else []
         away = {expert for call in calls for expert in call.experts}
         with closing(self._cache.acquire(layer.index, [e for e in wanted if e not in away])) as groups:
             if self._routed is not None:
                 self._routed(layer.index, hidden, expert_index, wanted)
-            self._compute(layer, hidden, routed, groups, rows)
-        if self._sending is not None and (failed := self._sending.finish(calls, rows)):
+            self._compute(layer, hidden, routed, groups, rows, scales)
+        if sending is not None and (failed := sending.finish(calls, rows)):
             with closing(self._cache.acquire(layer.index, failed)) as groups:
-                self._compute(layer, hidden, routed, groups, rows)
+                self._compute(layer, hidden, routed, groups, rows, scales)
         return combine(rows, routed, expert_weight)
 
     def _compute(
-        self, layer: MoELayer, hidden: Tensor, routed: Plan, groups: Iterable[tuple[list[int], list[int]]], out: Tensor
+        self,
+        layer: MoELayer,
+        hidden: Tensor,
+        routed: Plan,
+        groups: Iterable[tuple[list[int], list[int]]],
+        out: Tensor,
+        extra: dict[str, Any],
     ) -> None:
         gate_up, down, biases, scales = self._weights[layer.index]
         for experts, slots in groups:
@@ -74,4 +87,5 @@ class CachedExperts:
                 spec=layer.spec,
                 biases=biases,
                 scales=scales,
+                **extra,
             )

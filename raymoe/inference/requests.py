@@ -39,6 +39,8 @@ class Delta:
     """The stop string that ended the request; its text is part of the tokens. None where a stop token did."""
     logprobs: list[TokenLogprobs] | None = None
     """One for each of `tokens`; None if the request did not ask."""
+    stood_in: int | None = None
+    """On the last delta under on_miss: compressed: rows of the request that vectors stood in for a missing expert."""
 
 
 def _fresh_seed() -> int:

@@ -68,11 +68,13 @@ class RoutedRows:
             for sequence in sequences:
                 self.foresight.ended(sequence.name)
 
-    def __call__(self, layer: MoELayer, hidden: Tensor, expert_index: Tensor, expert_weight: Tensor) -> Tensor:
+    def __call__(
+        self, layer: MoELayer, hidden: Tensor, expert_index: Tensor, expert_weight: Tensor, **scales: Any
+    ) -> Tensor:
         """As an `ExpertsRuntime`."""
         if self._is_real is not None:
             expert_index = expert_index.masked_fill(~self._is_real[:, None], layer.num_experts)
-        return self._experts(layer, hidden, expert_index, expert_weight)
+        return self._experts(layer, hidden, expert_index, expert_weight, **scales)
 
     def _routed(self, layer: int, hidden: Tensor, expert_index: Tensor, wanted: list[int]) -> None:
         if layer < self._first:

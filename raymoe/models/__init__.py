@@ -1,10 +1,12 @@
 """The seam with transformers: find MoE layers, put a runtime behind their experts, read and write checkpoints by expert.
 
-Importing it registers the experts function "raymoe": `model.set_experts_implementation("raymoe")`.
+Importing it registers the experts function "raymoe", `model.set_experts_implementation("raymoe")`, and the families
+`raymoe_<family>` of models that are no longer their family's.
 """
 
 from raymoe.models.checkpoint import ExpertFiles, load_without_experts
-from raymoe.models.experts_function import ExpertsRuntime, attach_runtime, detach_runtime
+from raymoe.models.experts_function import ExpertsEdit, ExpertsRuntime, attach_runtime, detach_runtime, set_edit
+from raymoe.models.families import family_of, open_parts
 from raymoe.models.layers import (
     MoELayer,
     expert_parameter_names,
@@ -23,6 +25,7 @@ __all__ = [
     "ExpertField",
     "ExpertFiles",
     "ExpertLayout",
+    "ExpertsEdit",
     "ExpertsRuntime",
     "MoELayer",
     "RouterLosses",
@@ -30,10 +33,13 @@ __all__ = [
     "detach_runtime",
     "expert_parameter_names",
     "expert_parameters",
+    "family_of",
     "load_without_experts",
     "moe_layers",
+    "open_parts",
     "router_logits",
     "router_losses",
+    "set_edit",
     "spec_of",
     "warm_up_layers",
     "weights_of",

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from raymoe.models.byte_ranges import RangeReader
 from raymoe.models.config_file import build_on_meta, one_line, read_config
+from raymoe.models.families import open_parts
 from raymoe.models.landing import Landing, TensorReadError
 from raymoe.models.layers import MoELayer, expert_parameter_names, moe_layers
 from raymoe.models.names import CheckpointNames
@@ -239,6 +240,7 @@ def load_without_experts(
             raise ValueError(
                 f"{path / 'generation_config.json'}: transformers cannot read it: {one_line(error)}"
             ) from None
+    open_parts(model, path)
     return model.eval(), experts
 
 

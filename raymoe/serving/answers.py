@@ -35,6 +35,8 @@ class Event(NamedTuple):
     """The stop string that ended it; the last token is then text."""
     logprobs: list[TokenLogprobs] | None = None
     """One for each token, if asked for."""
+    stood_in: int | None = None
+    """Of the last event under on_miss: compressed, see `raymoe.inference.Delta`."""
 
 
 class EngineClient(Protocol):
@@ -83,6 +85,8 @@ class Answer:
             if reason in ("error", "cancelled"):
                 raise unavailable(event.error or "the engine ended this request")
             self.usage.completion_tokens += len(event.tokens)
+            if event.stood_in is not None:
+                self.usage.stood_in_rows = event.stood_in
             text = self._decode(event)
             if reason is not None:
                 text += self._stream.finish()

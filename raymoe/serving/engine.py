@@ -98,7 +98,7 @@ class Engine:
                 # a consumer that is slower than the steps gets several at once
                 if is_last or (in_steps and inbox.empty()):
                     told = None if params.get("logprobs") is None else logprobs
-                    yield Event(tokens, delta.finish_reason, None, delta.error, delta.stop_string, told)
+                    yield Event(tokens, delta.finish_reason, None, delta.error, delta.stop_string, told, delta.stood_in)
                     tokens, logprobs = [], []
                 if is_last:
                     return

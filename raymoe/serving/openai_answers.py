@@ -11,12 +11,16 @@ from raymoe.serving.logprobs import Likelihood, TokenText
 class Usage:
     prompt_tokens: int
     completion_tokens: int = 0
+    stood_in_rows: int | None = None
+    """Under on_miss: compressed: rows in which vectors stood in for a missing expert; ours, not OpenAI's."""
 
     def as_json(self) -> dict[str, int]:
+        marked = {} if self.stood_in_rows is None else {"stood_in_rows": self.stood_in_rows}
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            **marked,
         }
 
 

@@ -212,6 +212,11 @@ def prepare_job(config: TrainConfig, folder: Path, data: PreparedData) -> TrainJ
 def job_fields(config: TrainConfig, folder: Path, model_path: Path) -> dict[str, Any]:
     """The fields of a `TrainJob` that starts from a Hugging Face directory. Raises: as `prepare_job`."""
     model_config = AutoConfig.from_pretrained(model_path, local_files_only=True)
+    if "compression" in (getattr(model_config, "raymoe", None) or {}):
+        raise ConfigError(
+            f"model.path: {model_path} has compressed experts, which raymoe train does not fit; use raymoe compress --train all, "
+            "or train the model that it was made of"
+        )
     layers, total_parameters = _shape_of(model_config)
     for size in range(config.workers.min, config.workers.max + 1):
         try:
