@@ -294,6 +294,20 @@ def bench_engines(
     run(batches, rounds, tokens, shown_console(), shown_command(), json)
 
 
+@bench.command(name="quality")
+def bench_quality(
+    experiments: Annotated[
+        str | None, typer.Option(help="Names of raymoe.benchmarks.quality_compression, comma-separated; default: all.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Small models that are trained, one a seed.")] = 3,
+    json: Json = None,
+) -> None:
+    """Train small models on real text, and see what compressed experts lose beside cheaper ways to run fewer."""
+    from raymoe.commands.bench import bench_quality as run
+
+    run(experiments, seeds, shown_console(), shown_command(), json)
+
+
 @bench.command(name="cache")
 def bench_cache(
     model: Annotated[Path, typer.Argument(help="Hugging Face directory of a MoE model, with its tokenizer.")],

@@ -44,6 +44,17 @@ def test_command_prints_and_writes(small, tmp_path):
     assert {row["tokens"] for row in json.loads(path.read_text())["rows"]} == {2}
 
 
+def test_quality_counts_the_published_shapes(tmp_path):
+    path = tmp_path / "quality.json"
+    found = CliRunner().invoke(app, ["bench", "quality", "--experiments", "active parameters", "--json", str(path)])
+    assert found.exit_code == 0, found.output
+    rows = {row["arm"]: row["active_parameters"] for row in json.loads(path.read_text())["rows"]}
+    # the paper's -31.4 %
+    assert rows["olmoe, compressed_experts"] / rows["olmoe, full"] == pytest.approx(1 - 0.314, abs=5e-4)
+    refused = CliRunner().invoke(app, ["bench", "quality", "--experiments", "routing"])
+    assert refused.exit_code != 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -97,6 +97,24 @@ def bench_engines(batches: str, rounds: int, tokens: int, console: Console, comm
     benchmark.run(_numbers("--batches", batches), rounds, tokens, console, command, json)
 
 
+def bench_quality(experiments: str | None, seeds: int, console: Console, command: str, json: Path | None) -> None:
+    """Runs experiments; see `raymoe.benchmarks.quality_compression`. Raises: ValueError, an unknown one."""
+    from raymoe.benchmarks import quality_compression as benchmark
+    from raymoe.telemetry import write_json
+
+    known = benchmark.experiments()
+    names = experiments.split(",") if experiments else list(known)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--experiments: {name!r} is not known; there are: {', '.join(known)}")
+    rows = []
+    for name in names:
+        console.print(f"[bold]{name}[/bold]")
+        rows += known[name](range(seeds), say=lambda line: console.print(line, highlight=False, markup=False))
+    if json is not None:
+        write_json(json, command, rows)
+
+
 def bench_cache(
     model: Path,
     data: str,
