@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from statistics import median_low
 from typing import Any, Protocol
 
@@ -19,7 +20,8 @@ _log = logging.getLogger(__name__)
 
 _PATIENCE = 3
 _FIRST_REST_S, _LONGEST_REST_S = 1.0, 60.0
-_RECENT_READS = 9
+_RECENT_READS, _FEWEST_READS = 9, 3
+"""Reads that a tier is judged by; with fewer than the second number it is not judged slow."""
 _CLEARLY, _NOISE_S = 0.6, 2e-4
 """What a tier takes of another's time, but for this much, when it is asked before it: less is no reason to change the order."""
 _FRESH_S = 60.0
@@ -93,6 +95,9 @@ class _Tier:
     source: ExpertSource
     stats: TierStats
     failed_in_a_row: int = 0
+    """Reads that had begun before an earlier one of them failed are not counted: they met the same fault."""
+    failed_s: float = -inf
+    """When the last one counted failed."""
     rests_until_s: float = 0.0
     recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_READS))
     """Of the last reads that delivered."""
@@ -101,7 +106,7 @@ class _Tier:
 
     def is_clearly_faster(self, other: "_Tier", now_s: float) -> bool:
         """By their last reads, of which one that was held up does not count; never than one that is to be tried."""
-        if not self.recent_s or not other.recent_s or now_s - other.last_s >= _FRESH_S:
+        if not self.recent_s or len(other.recent_s) < _FEWEST_READS or now_s - other.last_s >= _FRESH_S:
             return False
         return median_low(self.recent_s) + _NOISE_S < _CLEARLY * median_low(other.recent_s)
 
@@ -113,9 +118,9 @@ class Tiers:
     took more. A tier that was not measured, because it held nothing yet, or has not been read for a minute, keeps its place:
     that measures it.
 
-    A tier that fails is answered for by the next one; each kind of failure is logged once. One that fails 3 times in a row is
-    left alone for a second, then two, up to a minute, so that a dead host does not cost its timeout at every expert. The
-    last one given is never left alone.
+    A tier that fails is answered for by the next one; each kind of failure is logged once. One that fails 3 times in a row (reads
+    that were under way at once count as one) is left alone for a second, then two, up to a minute, so that a dead host does not
+    cost its timeout at every expert. The last one given is never left alone.
     """
 
     def __init__(self, tiers: Mapping[str, ExpertSource]):
@@ -139,7 +144,7 @@ class Tiers:
                     tier.stats.passed_over += 1
                 answers.append(f"{tier.stats.name}: rests after {tier.stats.last_error}")
                 continue
-            begin_s = time.perf_counter()
+            begin_s = time.monotonic()
             try:
                 moved_bytes = tier.source.read(layer, expert, out)
             except NotHeld:
@@ -149,10 +154,10 @@ class Tiers:
             except AssertionError:
                 raise
             except Exception as error:
-                self._failed(tier, layer, expert, error)
+                self._failed(tier, layer, expert, error, begin_s)
                 answers.append(f"{tier.stats.name}: {error}")
             else:
-                took_s = time.perf_counter() - begin_s
+                took_s = time.monotonic() - begin_s
                 with self._lock:
                     tier.failed_in_a_row = 0
                     tier.stats.reads += 1
@@ -171,17 +176,19 @@ class Tiers:
         """
         rates = {}
         for tier in self._tiers:
+            begin_s = time.monotonic()
             try:
                 rate = measure(tier.source, numel, num_experts, dtype, limit_s=limit_s / len(self._tiers))
             except LookupError:
                 continue
             except Exception as error:
-                self._failed(tier, -1, -1, error)
+                self._failed(tier, -1, -1, error, begin_s)
                 continue
             with self._lock:
                 tier.stats.rate = rates[tier.stats.name] = rate
                 tier.recent_s.clear()
-                self._took(tier, rate.read_s)
+                for _ in range(min(rate.reads, _FEWEST_READS)):
+                    self._took(tier, rate.read_s)
         return rates
 
     def stats(self) -> list[TierStats]:
@@ -212,15 +219,17 @@ class Tiers:
         tier.recent_s.append(seconds)
         tier.last_s = time.monotonic()
 
-    def _failed(self, tier: _Tier, layer: int, expert: int, error: Exception) -> None:
+    def _failed(self, tier: _Tier, layer: int, expert: int, error: Exception, began_s: float) -> None:
         cause = (tier.stats.name, type(error))
         with self._lock:
             tier.stats.failures += 1
             tier.stats.last_error = f"{type(error).__name__}: {error}"
-            tier.failed_in_a_row += 1
-            if tier.failed_in_a_row >= _PATIENCE:
-                rest_s = min(_FIRST_REST_S * 2.0 ** (tier.failed_in_a_row - _PATIENCE), _LONGEST_REST_S)
-                tier.rests_until_s = time.monotonic() + rest_s
+            if began_s >= tier.failed_s:
+                tier.failed_s = time.monotonic()
+                tier.failed_in_a_row += 1
+                if tier.failed_in_a_row >= _PATIENCE:
+                    rest_s = min(_FIRST_REST_S * 2.0 ** (tier.failed_in_a_row - _PATIENCE), _LONGEST_REST_S)
+                    tier.rests_until_s = tier.failed_s + rest_s
             is_new = cause not in self._logged
             self._logged.add(cause)
         if is_new:

@@ -75,8 +75,8 @@ def client(fleet):
 
 
 @pytest.fixture
-def make_engine(saved, monkeypatch):
-    """Engines that are closed at the end of the test, with slow files: a tiny expert is read faster than a call is answered."""
+def make_engine(saved, monkeypatch, tiers_in_order):
+    """Engines that are closed at the end of the test, with slow files, for a tiny expert is read faster than a call is answered."""
     engines = []
     read = CheckpointTier.read
 

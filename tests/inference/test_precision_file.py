@@ -108,7 +108,9 @@ def test_experts_come_as_the_codec_has_stored_them(folder, precision, direct_io)
 
 @pytest.mark.parametrize("precision", [BF16, INT4], ids=str)
 @pytest.mark.parametrize("direct_io", [True, False])
-def test_an_engine_computes_with_what_the_file_holds(saved_model, folder, precision, direct_io, tmp_path):
+def test_an_engine_computes_with_what_the_file_holds(
+    saved_model, folder, precision, direct_io, tmp_path, tiers_in_order
+):
     model = copy.deepcopy(saved_model(folder.name)[0])
     for layer in moe_layers(model):
         codec = ExpertCodec(layer.layout, layer.spec, precision, torch.float32)
@@ -215,6 +217,7 @@ def test_what_is_not_finished_leaves_nothing(own):
 
 
 @LOSSY
+@pytest.mark.usefixtures("tiers_in_order")
 def test_hosts_hold_the_same(own, hold_in, precision):
     make(own, precision)
     wanted, _ = generate(own, expert_memory="30%", expert_precision=str(precision))

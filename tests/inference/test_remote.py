@@ -2,7 +2,6 @@
 
 # ruff: noqa: F811  (fixtures that are imported)
 
-import math
 import os
 import threading
 
@@ -74,12 +73,8 @@ PROMPTS = random_prompts([4, 11, 7], seed=5)
 
 
 @pytest.fixture
-def tokens(saved_model, monkeypatch):
-    """Makes an engine for hosts, and returns (its tokens are right, its statistics).
-
-    Tiers are asked in the order given: a read that a busy machine held up does not change it.
-    """
-    monkeypatch.setattr("raymoe.inference.tiers._NOISE_S", math.inf)
+def tokens(saved_model, tiers_in_order):
+    """Makes an engine for hosts, and returns (its tokens are right, its statistics)."""
 
     def run(hosts, **options):
         model, path = saved_model("olmoe")

@@ -88,6 +88,27 @@ def test_a_tier_that_keeps_failing_rests_and_comes_back(monkeypatch):
     assert stats(tiers) == {"host": (2, 0, 3, 3), "file": (6, 0, 0, 0)}
 
 
+def test_reads_that_fail_together_are_one_failure():
+    count = 8
+    all_here = threading.Barrier(count)
+
+    class Together(Memory):
+        def read(self, layer, expert, out):
+            all_here.wait(10)
+            raise ConnectionError("gone")
+
+    tiers = Tiers({"host": Together(), "file": Memory()})
+    threads = [threading.Thread(target=read, args=(tiers, 0, 0)) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert stats(tiers) == {"host": (0, 0, count, 0), "file": (count, 0, 0, 0)}
+    tiers._tiers[0].source = Memory()
+    read(tiers, 0, 0)
+    assert stats(tiers)["host"] == (1, 0, count, 0)
+
+
 def test_the_last_tier_never_rests_and_its_error_is_told():
     tiers = Tiers({"arena": Memory(held=set()), "file": Memory(error=OSError("Input/output error"))})
     for _ in range(5):
@@ -206,6 +227,16 @@ def test_the_fastest_as_measured_is_asked_first():
     assert hosts.asked == [(1, 1)]
     hosts.held = set()
     assert (read(tiers, 1, 2) == 102).all()
+
+
+def test_one_slow_read_is_not_enough_to_lose_a_place():
+    hosts, file = Timed(0.02, held=set()), Timed(0.0)
+    tiers = Tiers({"hosts": hosts, "file": file})
+    read(tiers, 0, 0)
+    hosts.held, hosts.asked, file.asked = None, [], []
+    for _ in range(5):
+        read(tiers, 0, 0)
+    assert (len(hosts.asked), len(file.asked)) == (3, 2)
 
 
 def test_a_tier_that_held_nothing_at_the_start_is_measured_when_it_does(monkeypatch):
