@@ -25,6 +25,7 @@ lint: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "hypothesis and not slow and not gpu" --hypothesis-profile explore
 
 # RAYMOE_SOAK_S seconds (900), RAYMOE_TEST_SEED another schedule
 soak: $(VENV)/.installed-dev

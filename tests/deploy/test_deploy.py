@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
@@ -32,52 +34,63 @@ def test_the_serve_config_is_what_serve_and_raymoe_take(tmp_path):
     assert ServeConfig.model_validate(application.args | {"model": tmp_path}).expert_memory == "50%"
 
 
+@pytest.fixture
+def cluster(monkeypatch):
+    """The dashboard's URL of a cluster that Ray's commands and jobs take for the one of this machine, whatever else runs on it."""
+    # sockets lie in it, and a socket's path has 107 characters at the most
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        with ray_session(min_cpus=4, own=True) as dashboard_url:
+            address = ray.get_runtime_context().gcs_address
+            # as `ray start` does: jobs do not ask their own cluster where it is, they look here
+            (Path(folder) / "ray" / "ray_current_cluster").write_text(address)
+            monkeypatch.setenv("RAY_ADDRESS", address)
+            yield dashboard_url
+
+
 @pytest.mark.timeout(500)
-def test_ray_job_submit_trains_and_serve_run_serves(tmp_path):
+def test_ray_job_submit_trains_and_serve_run_serves(tmp_path, cluster):
     (tmp_path / "text.txt").write_text("\n\n".join(f"the {i}th line says {i % 7} times seven" for i in range(900)))
     output = tmp_path / "run"
-    with ray_session(min_cpus=4, own=True) as dashboard_url:
-        # the cluster's token is in this process's environment, which the commands inherit
-        job = [BIN / "ray", "job", "submit", "--address", dashboard_url, "--working-dir", EXAMPLE.parent, "--"]
-        train = [sys.executable, "-m", "raymoe", "train", EXAMPLE.name, *TINY, "steps=3", f"output={output}"]
-        told = tmp_path / "out.json"
-        submit = [*map(str, job), *train, f"data.source={tmp_path / 'text.txt'}", "--json", str(told)]
-        until = time.monotonic() + 60
-        while True:
-            done = subprocess.run(submit, capture_output=True, text=True, timeout=280)
-            # Ray's agent on the node comes up after `ray.init` returns
-            if "No available agent" not in done.stderr or time.monotonic() > until:
-                break
-            time.sleep(1)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "step     3/3  loss " in done.stdout
-        result = json.loads(told.read_text())
-        assert [row["step"] for row in result["rows"]] == [0, 1, 2]
-        assert result["meta"]["command"].endswith(f"--json {told}")
-        assert set(result["meta"]["bits_per_byte"]) == {"raymoe model", "unigram", "gzip -9", "xz -9e"}
-        assert (output / "report.html").read_text().startswith("<!doctype html>")
-        assert (output / "checkpoint" / "tokenizer.json").is_file()
-        assert (output / "trace" / "rank-1.parquet").is_file()
+    # the cluster's token is in this process's environment, which the commands inherit
+    job = [BIN / "ray", "job", "submit", "--address", cluster, "--working-dir", EXAMPLE.parent, "--"]
+    train = [sys.executable, "-m", "raymoe", "train", EXAMPLE.name, *TINY, "steps=3", f"output={output}"]
+    told = tmp_path / "out.json"
+    submit = [*map(str, job), *train, f"data.source={tmp_path / 'text.txt'}", "--json", str(told)]
+    until = time.monotonic() + 60
+    while True:
+        done = subprocess.run(submit, capture_output=True, text=True, timeout=280)
+        # Ray's agent on the node comes up after `ray.init` returns
+        if "No available agent" not in done.stderr or time.monotonic() > until:
+            break
+        time.sleep(1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step     3/3  loss " in done.stdout
+    result = json.loads(told.read_text())
+    assert [row["step"] for row in result["rows"]] == [0, 1, 2]
+    assert result["meta"]["command"].endswith(f"--json {told}")
+    assert set(result["meta"]["bits_per_byte"]) == {"raymoe model", "unigram", "gzip -9", "xz -9e"}
+    assert (output / "report.html").read_text().startswith("<!doctype html>")
+    assert (output / "checkpoint" / "tokenizer.json").is_file()
+    assert (output / "trace" / "rank-1.parquet").is_file()
 
-        serve = [
-            BIN / "serve",
-            "run",
-            "raymoe.serving:build_app",
-            f"model={output / 'checkpoint'}",
-            "expert_memory=25%",
-        ]
-        server = subprocess.Popen(
-            [*map(str, serve)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
-        )
-        try:
-            # the gateway answers before its engines do; /health is 503 until then
-            wait_for("http://127.0.0.1:8000/health", server)
-            engine = wait_for("http://127.0.0.1:8000/v1/raymoe/status", server)["engines"][0]
-            assert (engine["slots"], engine["num_experts"]) == (12, 48)
-            assert wait_for("http://127.0.0.1:8000/v1/models", server)["data"][0]["id"] == "checkpoint"
-        finally:
-            server.terminate()
-            server.wait(timeout=60)
+    serve = [
+        BIN / "serve",
+        "run",
+        "raymoe.serving:build_app",
+        f"model={output / 'checkpoint'}",
+        "expert_memory=25%",
+    ]
+    server = subprocess.Popen([*map(str, serve)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+    try:
+        # the gateway answers before its engines do; /health is 503 until then
+        wait_for("http://127.0.0.1:8000/health", server)
+        engine = wait_for("http://127.0.0.1:8000/v1/raymoe/status", server)["engines"][0]
+        assert (engine["slots"], engine["num_experts"]) == (12, 48)
+        assert wait_for("http://127.0.0.1:8000/v1/models", server)["data"][0]["id"] == "checkpoint"
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
 
 
 def wait_for(url: str, server: subprocess.Popen) -> dict:
