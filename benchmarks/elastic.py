@@ -1,6 +1,6 @@
 """What a death, a join and a leave cost: the demo's model in actors, killed at random, beside a run in which nothing happens.
 
-    raymoe bench elastic [--workers 3] [--kills 20] [--snapshots 4] [--dtype float32] [--seed 0] [--json FILE]
+    raymoe bench elastic [--workers 3] [--kills 20] [--snapshots 4] [--dense sharded] [--dtype float64] [--seed 0] [--json FILE]
 
 Times are wall-clock seconds from the SIGKILL: until the controller knows (`detect_s`), until the first step is done again
 (`first_step_s`), until the first step is done that had not been done before (`recover_s`). After each death a new worker joins;
@@ -74,6 +74,7 @@ def run(
     workers: int,
     kills: int,
     snapshots: int | str,
+    dense: str,
     dtype: str,
     seed: int,
     console: Console,
@@ -92,7 +93,12 @@ def run(
         text = prepare_text(config, Path(folder) / "run")
 
         def job(name: str, **changes: object) -> TrainJob:
-            asked = {"workers": {"min": 1, "max": workers}, "snapshots": {"every": snapshots}, "worker_cpus": 0.5}
+            asked = {
+                "workers": {"min": 1, "max": workers},
+                "snapshots": {"every": snapshots},
+                "dense": dense,
+                "worker_cpus": 0.5,
+            }
             plain = config.model_dump(mode="json")
             plain["model"]["dtype"] = dtype
             tree = plain | asked | changes | {"output": str(Path(folder) / "run")}
@@ -109,7 +115,10 @@ def run(
     _print(console, rows, equality, compared, snapshot)
     if json is not None:
         write_json(
-            json, command, rows, meta={"dtype": dtype, "steps": len(steps), "compared": compared} | equality | snapshot
+            json,
+            command,
+            rows,
+            meta={"dense": dense, "dtype": dtype, "steps": len(steps), "compared": compared} | equality | snapshot,
         )
     is_exact = dtype == "float64"
     found = equality["worst_before_chaos" if is_exact else "worst_difference"]

@@ -243,6 +243,9 @@ def bench_elastic(
     workers: Annotated[int, typer.Option(min=2)] = 3,
     kills: Annotated[int, typer.Option(min=1, help="Workers killed at random, one after another.")] = 20,
     snapshots: Annotated[str, typer.Option(help="Steps between two snapshots in memory, or auto.")] = "auto",
+    dense: Annotated[
+        Literal["replicated", "sharded"], typer.Option(help="What workers have of parameters that are not experts.")
+    ] = "replicated",
     dtype: Annotated[
         Literal["float32", "float64"], typer.Option(help="float64 compares all losses of a long run.")
     ] = "float32",
@@ -252,7 +255,7 @@ def bench_elastic(
     """Kill, add and remove workers of a training run, and time how it goes on."""
     from raymoe.commands.bench import bench_elastic as run
 
-    run(workers, kills, snapshots, dtype, seed, shown_console(), shown_command(), json)
+    run(workers, kills, snapshots, dense, dtype, seed, shown_console(), shown_command(), json)
 
 
 @bench.command(name="inference")

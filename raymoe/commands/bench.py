@@ -54,7 +54,15 @@ def bench_train(
 
 
 def bench_elastic(
-    workers: int, kills: int, snapshots: str, dtype: str, seed: int, console: Console, command: str, json: Path | None
+    workers: int,
+    kills: int,
+    snapshots: str,
+    dense: str,
+    dtype: str,
+    seed: int,
+    console: Console,
+    command: str,
+    json: Path | None,
 ) -> None:
     """Kills workers; see `raymoe.benchmarks.elastic`. Raises: ValueError, a bad interval."""
     from raymoe.benchmarks import elastic as benchmark
@@ -62,7 +70,7 @@ def bench_elastic(
     if snapshots != "auto" and not snapshots.isdigit():
         raise ValueError(f"--snapshots is {snapshots!r}; give 'auto' or a number of steps")
     every = snapshots if snapshots == "auto" else int(snapshots)
-    benchmark.run(workers, kills, every, dtype, seed, console, command, json)
+    benchmark.run(workers, kills, every, dense, dtype, seed, console, command, json)
 
 
 def bench_inference(
