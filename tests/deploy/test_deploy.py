@@ -2,20 +2,23 @@
 
 import json
 import os
+import re
+import secrets
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 
+import psutil
 import pytest
-import ray
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from raymoe.actors import ray_session
 from raymoe.config import ServeConfig
 from tests.test_cli import EXAMPLE, TINY
 from tests.tiny_models import tiny_model
@@ -36,16 +39,33 @@ def test_the_serve_config_is_what_serve_and_raymoe_take(tmp_path):
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """The dashboard's URL of a cluster that Ray's commands and jobs take for the one of this machine, whatever else runs on it."""
+    """The dashboard's URL of a cluster that Ray's commands and jobs take for the one of this machine, whatever else runs on it.
+
+    `ray.init` would do but for one port: jobs are taken by an agent on each node, at a port that it cannot be given, and a
+    second cluster's agent on the machine goes without.
+    """
+    free = ["--port=0", "--dashboard-port=0", "--dashboard-agent-listen-port=0"]
     # sockets lie in it, and a socket's path has 107 characters at the most
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         monkeypatch.setenv("RAY_TMPDIR", folder)
-        with ray_session(min_cpus=4, own=True) as dashboard_url:
-            address = ray.get_runtime_context().gcs_address
-            # as `ray start` does: jobs do not ask their own cluster where it is, they look here
-            (Path(folder) / "ray" / "ray_current_cluster").write_text(address)
-            monkeypatch.setenv("RAY_ADDRESS", address)
-            yield dashboard_url
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        start = [BIN / "ray", "start", "--head", "--block", "--num-cpus=4", *free]
+        head = subprocess.Popen([*map(str, start)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            said = "".join(takewhile(lambda line: "block forever" not in line, head.stdout))
+            url = re.search(r"http://127\.0\.0\.1:\d+", said)
+            assert url is not None, said
+            monkeypatch.setenv("RAY_ADDRESS", (Path(folder) / "ray" / "ray_current_cluster").read_text())
+            yield url[0]
+        finally:
+            processes = psutil.Process(head.pid).children(recursive=True)
+            head.kill()
+            head.wait()
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(processes, timeout=30)
 
 
 @pytest.mark.timeout(500)

@@ -56,6 +56,14 @@ def test_the_driver_dies(cluster, job, tmp_path, detached):
 def test_interrupted_while_it_waits_for_its_workers(cluster, job):
     # three have a place, and are there to be left behind
     asked = job(**ELASTIC | {"workers": NUM_NODES + 2})
-    threading.Timer(8, _thread.interrupt_main).start()
+
+    def interrupt():
+        end = time.monotonic() + PATIENCE_S
+        # they and the controller
+        while living_actors() <= NUM_NODES and time.monotonic() < end:
+            time.sleep(0.2)
+        _thread.interrupt_main()
+
+    threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt), WorkerGroup(asked) as group:
         group.start()
