@@ -22,6 +22,7 @@ from ray.serve.schema import ServeDeploySchema
 from raymoe.config import ServeConfig
 from tests.test_cli import EXAMPLE, TINY
 from tests.tiny_models import tiny_model
+from tests.tiny_tokenizer import tiny_tokenizer
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 BIN = Path(sys.executable).parent
@@ -113,13 +114,31 @@ def test_ray_job_submit_trains_and_serve_run_serves(tmp_path, cluster):
         server.wait(timeout=60)
 
 
-def wait_for(url: str, server: subprocess.Popen) -> dict:
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_serve_deploy_runs_the_file(tmp_path, cluster):
+    tokenizer = tiny_tokenizer()
+    tiny_model("olmoe", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    tree = yaml.safe_load((DEPLOY / "serve" / "raymoe.yaml").read_text())
+    tree["applications"][0]["args"]["model"] = str(tmp_path / "model")
+    (tmp_path / "raymoe.yaml").write_text(yaml.safe_dump(tree))
+    deploy = [BIN / "serve", "deploy", "--address", cluster, tmp_path / "raymoe.yaml"]
+    until = time.monotonic() + 60
+    while (done := subprocess.run(deploy, capture_output=True, text=True)).returncode and time.monotonic() < until:
+        time.sleep(1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    wait_for("http://127.0.0.1:8000/health")
+    assert wait_for("http://127.0.0.1:8000/v1/models")["data"][0]["id"] == "model"
+
+
+def wait_for(url: str, server: subprocess.Popen | None = None) -> dict:
     deadline = time.monotonic() + 90
     while True:
         try:
             with urllib.request.urlopen(url, timeout=10) as answer:
                 return json.load(answer)
         except (urllib.error.URLError, ConnectionError, TimeoutError):
-            assert server.poll() is None, "serve run ended"
+            assert server is None or server.poll() is None, "serve run ended"
             assert time.monotonic() < deadline, url
             time.sleep(0.5)
