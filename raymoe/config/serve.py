@@ -38,6 +38,8 @@ class ServeConfig(Strict):
     """Most tokens one answer may have."""
     max_prompt_tokens: int = Field(default=4096, ge=1)
     """Longest prompt that is taken."""
+    max_choices: int = Field(default=8, ge=1)
+    """Most choices one request may ask for: `n` times its prompts. Each is a request of its own to the engines."""
     max_batch_requests: int = Field(default=256, ge=1)
     """Requests a forward pass may hold; when more are active, those share one that want the same experts."""
     max_wait_steps: int = Field(default=16, ge=1)

@@ -12,7 +12,7 @@ from raymoe import env
 from raymoe.config import ServeConfig
 from raymoe.inference import Delta, EngineError, SamplingParams, TokenLogprobs
 from raymoe.inference.text import decoder
-from raymoe.serving.answers import Event
+from raymoe.serving.events import Event
 from raymoe.serving.hosts import directory_name
 
 

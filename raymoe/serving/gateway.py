@@ -4,6 +4,7 @@ import logging
 from collections.abc import AsyncGenerator
 from typing import Any, cast
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError
@@ -12,7 +13,8 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from raymoe import env
 from raymoe.config import ServeConfig
-from raymoe.serving.answers import Answering, Event
+from raymoe.serving.answers import Answering
+from raymoe.serving.events import Event
 from raymoe.serving.openai_api import unavailable
 from raymoe.serving.routes import create_api
 
@@ -65,3 +67,8 @@ class HandleClient:
         except (TimeoutError, DeploymentUnavailableError):
             return []
         return [answer for answer in answers if isinstance(answer, dict)]
+
+    def metrics_endpoints(self) -> list[str]:
+        """Ray exports every process's metrics at one port of its node."""
+        alive = (node for node in ray.nodes() if node["Alive"])
+        return [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in alive]

@@ -7,7 +7,7 @@ import json
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from raymoe.inference.requests import MAX_LOGPROBS, MAX_PRIORITY
 
@@ -28,7 +28,13 @@ class ApiError(Exception):
     ):
         super().__init__(message)
         self.status = status
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        # names that a client made up may be no text
+        told = {"message": _sendable(message), "type": kind, "param": param and _sendable(param), "code": code}
+        self.body = {"error": told}
+
+
+def _sendable(text: str) -> str:
+    return text.encode(errors="replace").decode()
 
 
 def unavailable(message: str) -> ApiError:
@@ -40,34 +46,51 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
-def _prompt(value: Any) -> str | list[int]:
-    prompt = value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list) else value
-    if isinstance(prompt, str) and prompt:
-        return prompt
-    if isinstance(prompt, list) and prompt and all(type(token) is int and token >= 0 for token in prompt):
-        return prompt
-    if isinstance(value, list) and len(value) > 1 and all(isinstance(one, str | list) for one in value):
-        raise ValueError(f"raymoe takes one prompt a request, got {len(value)}; send each on its own")
-    raise ValueError("give one text that is not empty, or its token ids")
+def _text(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        # "\ud800" alone is valid JSON, and no text
+        raise ValueError("half of a surrogate pair is no character") from None
+    return value
+
+
+Text = Annotated[str, AfterValidator(_text)]
+
+
+def _prompts(value: Any) -> tuple[str | list[int], ...]:
+    prompts = value if isinstance(value, list) and value and isinstance(value[0], str | list) else [value]
+    for prompt in prompts:
+        is_text = isinstance(prompt, str) and prompt != ""
+        if not is_text and not (isinstance(prompt, list) and prompt and all(map(_is_token, prompt))):
+            raise ValueError("give a text that is not empty or its token ids, or a list of these")
+    return tuple(_text(prompt) if isinstance(prompt, str) else prompt for prompt in prompts)
+
+
+Prompts = str | list[int] | list[str] | list[list[int]]
+
+
+def _is_token(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
 
 
 def _stops(value: Any) -> tuple[str, ...]:
     stops = value if isinstance(value, list) else [value]
     if len(stops) > _MAX_STOPS or not all(isinstance(stop, str) and stop for stop in stops):
         raise ValueError(f"give one text or a list of up to {_MAX_STOPS}, none of them empty")
-    return tuple(stops)
+    return tuple(map(_text, stops))
 
 
 def _content(value: Any) -> str:
     if isinstance(value, str):
-        return value
+        return _text(value)
     if not isinstance(value, list) or not value:
         raise ValueError("give a text, or a list of parts {'type': 'text', 'text': ...}")
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else part
             raise ValueError(f"raymoe takes parts {{'type': 'text', 'text': ...}} only, got {kind!r}")
-    return "".join(part["text"] for part in value)
+    return _text("".join(part["text"] for part in value))
 
 
 class StreamOptions(_Part):
@@ -84,9 +107,12 @@ class _Request(_Part):
         "presence_penalty": (0,),
         "frequency_penalty": (0,),
         "logit_bias": ({},),
+        "metadata": ({},),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
     }
 
-    model: str
+    model: Text
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
@@ -97,9 +123,12 @@ class _Request(_Part):
     stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    """Choices for each prompt; choice i is drawn with `seed` + i."""
     user: str | None = None
-    """Accepted and not used."""
+    """Accepted and not used, as are the next two."""
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -141,18 +170,29 @@ class _Request(_Part):
 
 
 class CompletionRequest(_Request):
-    """POST /v1/completions. One prompt a request: a string, or its token ids."""
+    """POST /v1/completions. A prompt is a string or its token ids; a list of prompts has n choices for each, in their order."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = _Request.neutral | {
-        "echo": (False,),
         "best_of": (1,),
         "suffix": ("",),
     }
 
-    prompt: Annotated[str | list[int], PlainValidator(_prompt)]
+    prompt: Annotated[tuple[str | list[int], ...], PlainValidator(_prompts, json_schema_input_type=Prompts)]
+    echo: bool = False
+    """Each choice begins with its prompt."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """How many of the likeliest tokens to tell at each place, beside the one that was drawn."""
+
+    @model_validator(mode="after")
+    def _echo_is_text(self) -> "CompletionRequest":
+        if self.echo and self.logprobs is not None:
+            raise ApiError(
+                "'echo' together with 'logprobs' is not supported by raymoe yet: it tells none of a prompt's tokens",
+                param="echo",
+                code="unsupported",
+            )
+        return self
 
     @property
     def num_logprobs(self) -> int | None:
@@ -180,7 +220,6 @@ class ChatRequest(_Request):
         "audio": (),
         "prediction": (),
         "web_search_options": (),
-        "store": (False,),
     }
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -222,7 +261,7 @@ def parse_request(cls: type[RequestT], body: bytes) -> RequestT:
         ApiError: 400, with the argument's name in `param`.
     """
     try:
-        values = json.loads(body, parse_constant=_refuse_constant)
+        values = json.loads(body.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ApiError(f"the request body is not valid JSON: {error}") from None
     if not isinstance(values, dict):
@@ -247,10 +286,6 @@ def _describe(error: ValidationError) -> ApiError:
     name = _path(item["loc"][:1])
     if item["type"] == "missing" and len(item["loc"]) == 1:
         return ApiError(f"you must provide a {name} parameter", param=name, code="missing_required_parameter")
-    if name == "n":
-        return ApiError(
-            "'n' must be 1: raymoe gives one choice a request; send the request n times", param="n", code="unsupported"
-        )
     path, message = _path(item["loc"]), item["msg"].removeprefix("Value error, ")
     return ApiError(f"Invalid value for '{path}': {message}", param=path, code="invalid_value")
 

@@ -4,14 +4,15 @@ import json
 import logging
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from raymoe.serving.answers import Answer, Answering
-from raymoe.serving.openai_answers import ChatAnswer, CompletionAnswer
+from raymoe.serving.openai_answers import ChatAnswer, CompletionAnswer, Piece
 from raymoe.serving.openai_api import ApiError, ChatRequest, CompletionRequest, parse_request
 
 MAX_BODY_BYTES = 8 << 20
@@ -61,6 +62,13 @@ def create_api(answering: Answering) -> FastAPI:
         """Every engine's facts and counters; `history=true` adds the cache's seconds, for a plot."""
         return {"model": answering.model, "engines": await answering.engine.status(history=history)}
 
+    @api.get("/metrics")
+    async def metrics() -> Response:
+        """Where the metrics are: a scraper that is pointed here finds none, and its reader finds out why."""
+        endpoints = answering.engine.metrics_endpoints()
+        lines = ["# raymoe's metrics (raymoe_serve_*) are exported by Ray, at one address a node:", *endpoints]
+        return PlainTextResponse("\n# ".join(lines) + "\n")
+
     return api
 
 
@@ -68,7 +76,12 @@ async def _respond(
     answering: Answering, asked: CompletionRequest | ChatRequest, kind: type[CompletionAnswer]
 ) -> Response:
     answer = await answering.start(asked)
-    form = kind(uuid.uuid4().hex, answering.model)
+    form = kind(
+        uuid.uuid4().hex,
+        answering.model,
+        tells_logprobs=asked.num_logprobs is not None,
+        tells_usage=asked.wants_usage,
+    )
     if asked.stream:
         return StreamingResponse(
             _stream(answer, form, asked.wants_usage),
@@ -77,23 +90,24 @@ async def _respond(
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
     try:
-        piece = await answer.whole()
+        choices = await answer.whole()
     finally:
         await answer.close()
-    likelihoods = None if asked.num_logprobs is None else piece.likelihoods
-    return JSONResponse(form.whole(piece.text, piece.finish_reason, answer.usage, likelihoods))
+    return JSONResponse(form.whole(choices, answer.usage))
 
 
 async def _stream(answer: Answer, form: CompletionAnswer, wants_usage: bool) -> AsyncIterator[str]:
     try:
-        opening = form.opening()
-        if opening is not None:
-            yield _event(opening)
-        async for piece in answer.pieces():
-            if piece.text or piece.likelihoods:
-                yield _event(form.chunk(piece.text, None, piece.likelihoods))
-            if piece.finish_reason is not None:
-                yield _event(form.chunk("", piece.finish_reason))
+        for index in range(answer.num_choices):
+            opening = form.opening(index)
+            if opening is not None:
+                yield _event(opening)
+        async with aclosing(answer.pieces()) as pieces:
+            async for index, piece in pieces:
+                if piece.text or piece.likelihoods:
+                    yield _event(form.chunk(index, piece._replace(finish_reason=None)))
+                if piece.finish_reason is not None:
+                    yield _event(form.chunk(index, Piece("", piece.finish_reason, [])))
         if wants_usage:
             yield _event(form.usage_chunk(answer.usage))
     except ApiError as error:

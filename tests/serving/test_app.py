@@ -150,8 +150,8 @@ def test_eight_at_once_get_the_same_as_alone(url, greedy_text):
 
 
 def test_bad_requests_are_openais_errors(client):
-    with pytest.raises(openai.BadRequestError, match="'n' must be 1") as error:
-        client.completions.create(model="tiny", prompt="x", n=2)
+    with pytest.raises(openai.BadRequestError, match="gives up to 8 choices") as error:
+        client.completions.create(model="tiny", prompt="x", n=9)
     assert error.value.param == "n"
     with pytest.raises(openai.BadRequestError, match="Unrecognized request argument supplied: foo"):
         client.completions.create(model="tiny", prompt="x", extra_body={"foo": 1})
@@ -184,6 +184,11 @@ def test_clients_that_do_not_wait_free_their_requests(url):
 
     asyncio.run(ask_and_leave())
     assert wait_until_idle(url)["requests_cancelled"] == cancelled + 4
+
+
+def test_metrics_are_where_the_pointer_says(url):
+    address = httpx.get(f"{url}/metrics").text.splitlines()[-1].removeprefix("# ")
+    assert "ray_" in httpx.get(address).text
 
 
 def test_health_and_status(url, config):

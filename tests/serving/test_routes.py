@@ -7,7 +7,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from raymoe.config import ServeConfig
-from raymoe.serving.answers import Answering, Event
+from raymoe.serving.answers import Answering
+from raymoe.serving.events import Event
 from raymoe.serving.openai_api import unavailable
 from raymoe.serving.routes import MAX_BODY_BYTES, create_api
 
@@ -21,6 +22,7 @@ class ScriptedEngine:
         self.tokenizer = tokenizer
         self.asked: list[tuple[list[int], dict]] = []
         self.is_closed = False
+        self.num_open = 0
         self.is_alive = True
         self.say("hello")
 
@@ -35,6 +37,7 @@ class ScriptedEngine:
     async def generate(self, prompt_ids, params, in_steps):
         self.in_steps = in_steps
         self.asked.append((prompt_ids, params))
+        self.num_open += 1
         try:
             for event in self.events:
                 if isinstance(event, Exception):
@@ -43,6 +46,10 @@ class ScriptedEngine:
                 yield event
         finally:
             self.is_closed = True
+            self.num_open -= 1
+
+    def metrics_endpoints(self):
+        return ["http://10.0.0.1:8080/metrics"]
 
     async def status(self, history=False):
         return [{"is_alive": self.is_alive} | ({"history": []} if history else {})]
@@ -56,7 +63,7 @@ def engine(tokenizer) -> ScriptedEngine:
 @pytest.fixture
 def client(tokenizer, engine, tmp_path) -> TestClient:
     (tmp_path / "config.json").write_text("{}")
-    config = ServeConfig(model=tmp_path, name="m", max_tokens=50, max_prompt_tokens=20)
+    config = ServeConfig(model=tmp_path, name="m", max_tokens=50, max_prompt_tokens=20, max_choices=3)
     return TestClient(create_api(Answering(config, tokenizer, engine)), raise_server_exceptions=False)
 
 
@@ -130,6 +137,7 @@ def test_a_stream_says_the_same_as_the_whole(client, engine, ask):
     engine.say(f"caf\u00e9 {RARE}! fin")
     found = chunks(ask(client, stream=True, stream_options={"include_usage": True}))
     *parts, last, usage = found
+    assert all(part["usage"] is None for part in (*parts, last))
     choices = [part["choices"][0] for part in parts]
     texts = [choice["text"] if ask is complete else choice["delta"]["content"] for choice in choices]
     assert "".join(texts) == f"caf\u00e9 {RARE}! fin"
@@ -144,6 +152,52 @@ def test_a_stream_says_the_same_as_the_whole(client, engine, ask):
 
 def test_a_chat_stream_opens_with_the_role(client):
     assert chunks(chat(client, stream=True))[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+
+
+@pytest.mark.parametrize("ask", [complete, chat])
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_choices(client, engine, ask, stream):
+    response = ask(client, n=3, seed=5, stream=stream)
+    assert [params["seed"] for _, params in engine.asked] == [5, 6, 7]
+    text = (lambda one: one["text"]) if ask is complete else (lambda one: one["message"]["content"])
+    if not stream:
+        assert [(one["index"], text(one)) for one in response.json()["choices"]] == [(i, "hello") for i in range(3)]
+        assert response.json()["usage"]["completion_tokens"] == 3 * engine.num_tokens
+        return
+    said, reasons = ["", "", ""], [None, None, None]
+    for chunk in chunks(response):
+        (choice,) = chunk["choices"]
+        said[choice["index"]] += choice["text"] if ask is complete else choice["delta"].get("content", "")
+        assert reasons[choice["index"]] is None
+        reasons[choice["index"]] = choice["finish_reason"]
+    assert (said, reasons) == (["hello"] * 3, ["length"] * 3)
+
+
+def test_a_list_of_prompts_has_choices_for_each(client, engine, tokenizer):
+    body = complete(client, prompt=["ab", "cde"], echo=True).json()
+    assert [one["text"] for one in body["choices"]] == ["abhello", "cdehello"]
+    asked = [prompt_ids for prompt_ids, _ in engine.asked]
+    assert asked == [tokenizer("ab")["input_ids"], tokenizer("cde")["input_ids"]]
+    assert body["usage"]["prompt_tokens"] == sum(map(len, asked))
+
+
+def test_an_echo_is_no_answer(client, engine, tokenizer):
+    """Stop strings are looked for in what follows it, and it is streamed once."""
+    engine.say("one two")
+    assert complete(client, prompt="two", echo=True, stop="two").json()["choices"][0]["text"] == "twoone "
+    found = chunks(complete(client, prompt=tokenizer("ab")["input_ids"], echo=True, stream=True))
+    assert "".join(part["choices"][0]["text"] for part in found) == "abone two"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_choice_that_fails_ends_the_others(client, engine, stream):
+    engine.events = [Event([]), Event([65]), Event([], "error", error="the engine has ended")]
+    response = complete(client, n=2, stream=stream)
+    if stream:
+        assert chunks(response)[-1]["error"]["message"] == "the engine has ended"
+    else:
+        assert response.status_code == 503
+    assert engine.num_open == 0
 
 
 def test_usage_is_streamed_only_on_request(client):
@@ -227,7 +281,8 @@ def test_a_bug_is_a_500_in_the_same_form(client, engine):
         ({"model": "other"}, 404, "this server has 'm'"),
         ({"max_tokens": 51}, 400, "gives up to 50"),
         ({"prompt": [5] * 21}, 400, "takes up to 20"),
-        ({"n": 2}, 400, "'n' must be 1"),
+        ({"n": 4}, 400, "gives up to 3 choices"),
+        ({"n": 2, "prompt": ["a", "b"]}, 400, "gives up to 3 choices"),
         ({"foo": 1}, 400, "Unrecognized request argument supplied: foo"),
     ],
 )
@@ -254,6 +309,12 @@ def test_health_follows_the_engine(client, engine):
     assert client.get("/health").json() == {"status": "ok", "engines": 1}
     engine.is_alive = False
     assert client.get("/health").status_code == 503
+
+
+def test_metrics_point_to_where_they_are(client):
+    *comments, last = client.get("/metrics").text.splitlines()
+    assert last == "# http://10.0.0.1:8080/metrics"
+    assert all(line.startswith("# ") for line in comments)
 
 
 def test_status_shows_every_engine(client):
