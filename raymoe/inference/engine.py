@@ -319,6 +319,7 @@ class InferenceEngine:
             "kv_tokens": self._batcher.kv_budget.tokens,
             "eviction": self._eviction,
             "kv_bytes": self._batcher.kv_budget.bytes,
+            "kv_pages_held": self._batcher.pages_held,
             "is_alive": self.is_alive,
             "uptime_s": round(time.monotonic() - self._started_s, 3),
             **self._deliveries.counters(),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from raymoe.config import ServeConfig
 from raymoe.inference.text import CONTEXT_TOKENS, TextStream, decoder
 from raymoe.serving.choice import Choice
+from raymoe.serving.deadline import within
 from raymoe.serving.events import EngineClient
 from raymoe.serving.logprobs import Likelihoods
 from raymoe.serving.openai_answers import Piece, Usage
@@ -123,8 +124,11 @@ class Answering:
         seed: int,
         usage: Usage,
     ) -> Choice:
-        params = request.sampling(asked_tokens) | {"seed": seed}
-        events = self.engine.generate(prompt_ids, params, bool(request.stream))
+        most = self.config.max_tokens if asked_tokens is None else asked_tokens
+        params = request.sampling(most) | {"seed": seed}
+        deadline_s = min(request.deadline_s or self.config.deadline_s, self.config.deadline_s)
+        up_to = asked_tokens is None
+        events = within(self.engine.generate(prompt_ids, params, bool(request.stream), up_to), deadline_s)
         try:
             first = await anext(events)
             if first.refusal is not None:

@@ -38,7 +38,6 @@ class Engine:
             from raymoe.actors.host_client import HostClient
 
             remote = HostClient(directory_name(), timeout_s=config.expert_hosts.timeout_s)
-        self._max_tokens = config.max_tokens
         self._engine = InferenceEngine(
             config.model,
             expert_memory=config.expert_memory,
@@ -61,13 +60,14 @@ class Engine:
         )
 
     async def generate(
-        self, prompt_ids: list[int], params: dict[str, Any], in_steps: bool = True
+        self, prompt_ids: list[int], params: dict[str, Any], in_steps: bool = True, up_to: bool = False
     ) -> AsyncGenerator[Event, None]:
         """Runs one request; closing the generator cancels it.
 
         Args:
-            params: of `SamplingParams`; `max_tokens` None: as many as there is room for, up to the server's limit.
+            params: of `SamplingParams`.
             in_steps: tell of tokens as they come, not only at the end: each telling costs the handle a millisecond.
+            up_to: take less than `max_tokens` where there is not the room for as many.
         """
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[Delta] = asyncio.Queue()
@@ -75,9 +75,9 @@ class Engine:
         def on_delta(delta: Delta) -> None:
             loop.call_soon_threadsafe(inbox.put_nowait, delta)
 
-        if params["max_tokens"] is None:
+        if up_to:
             room = self._engine.room(len(prompt_ids))
-            params = params | {"max_tokens": max(1, min(self._max_tokens, room))}
+            params = params | {"max_tokens": max(1, min(params["max_tokens"], room))}
         try:
             request_id = self._engine.submit(prompt_ids, SamplingParams(**params), on_delta)
         except ValueError as error:
@@ -87,7 +87,7 @@ class Engine:
             yield Event([], error=str(error))
             return
         try:
-            yield Event([])
+            yield Event([], max_tokens=params["max_tokens"])
             tokens: list[int] = []
             logprobs: list[TokenLogprobs] = []
             while True:

@@ -23,12 +23,16 @@ class Event(NamedTuple):
     """One for each token, if asked for."""
     stood_in: int | None = None
     """Of the last event under on_miss: compressed, see `raymoe.inference.Delta`."""
+    max_tokens: int | None = None
+    """Of the event that accepts: as many as there will be at the most."""
 
 
 class EngineClient(Protocol):
     """The engines behind the gateway."""
 
-    def generate(self, prompt_ids: list[int], params: dict[str, Any], in_steps: bool) -> AsyncGenerator[Event, None]:
+    def generate(
+        self, prompt_ids: list[int], params: dict[str, Any], in_steps: bool, up_to: bool
+    ) -> AsyncGenerator[Event, None]:
         """Starts a request, see `Engine.generate`; closing the generator cancels it. Raises: ApiError."""
         ...
 

@@ -12,10 +12,10 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from raymoe import env
-from raymoe.config import ServeConfig
+from raymoe.config import ServeConfig, parse_config
 from raymoe.serving.answers import Answering
 from raymoe.serving.events import Event
-from raymoe.serving.openai_api import unavailable
+from raymoe.serving.openai_api import overloaded, unavailable
 from raymoe.serving.routes import create_api
 
 _STATUS_TIMEOUT_S = 5.0
@@ -32,10 +32,40 @@ class Gateway:
 
         logging.getLogger("raymoe").setLevel(env.log_level())
         tokenizer = AutoTokenizer.from_pretrained(config.model, local_files_only=True)
+        self._config = config
         self._answering = Answering(config, tokenizer, HandleClient(engine))
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Changes limits and keys while requests run; Serve calls it with the deployment's `user_config`.
+
+        Raises:
+            ValueError: a key that cannot change live, or a value out of range.
+        """
+        self._answering.config = reconfigured(self._config, user_config)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_api(self._answering)
+
+
+LIVE_KEYS = frozenset(
+    {
+        "admin_keys",
+        "api_keys",
+        "deadline_s",
+        "max_body_bytes",
+        "max_choices",
+        "max_prompt_tokens",
+        "max_tokens",
+    }
+)
+"""What a `user_config` of the gateway may change; the budgets are the engines'."""
+
+
+def reconfigured(config: ServeConfig, changes: dict[str, Any]) -> ServeConfig:
+    """Raises: ValueError, naming the key."""
+    if unknown := sorted(changes.keys() - LIVE_KEYS):
+        raise ValueError(f"user_config: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(LIVE_KEYS))}")
+    return parse_config(ServeConfig, config.model_dump(exclude_unset=True) | changes, where="user_config")
 
 
 class HandleClient:
@@ -44,20 +74,28 @@ class HandleClient:
     def __init__(self, handle: DeploymentHandle):
         self._handle = handle
         self._generate = handle.options(method_name="generate", stream=True)
+        self._has_started = False
 
     async def generate(
-        self, prompt_ids: list[int], params: dict[str, Any], in_steps: bool
+        self, prompt_ids: list[int], params: dict[str, Any], in_steps: bool, up_to: bool
     ) -> AsyncGenerator[Event, None]:
-        response = cast(DeploymentResponseGenerator, self._generate.remote(prompt_ids, params, in_steps))
+        await self._wait_not_for_the_first()
+        response = cast(DeploymentResponseGenerator, self._generate.remote(prompt_ids, params, in_steps, up_to))
         try:
             async for event in response:
                 yield event
         except BackPressureError:
-            raise unavailable("too many requests are waiting for an engine; try again later") from None
+            raise overloaded() from None
         except (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError) as error:
             raise unavailable(f"no engine could answer: {type(error).__name__}") from None
         finally:
             response.cancel()
+
+    async def _wait_not_for_the_first(self) -> None:
+        """An engine that died will be replaced soon; one that never was may take as long as its model is large."""
+        self._has_started = self._has_started or bool(await self.status())
+        if not self._has_started:
+            raise unavailable("the engines are not ready yet; /health says when one is")
 
     async def status(self, history: bool = False) -> list[dict[str, Any]]:
         try:

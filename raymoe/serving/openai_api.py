@@ -13,6 +13,9 @@ from raymoe.inference.requests import MAX_LOGPROBS, MAX_PRIORITY
 
 _MAX_STOPS = 4
 
+_RETRY_QUEUE_S = 1
+_RETRY_ENGINE_S = 5
+
 
 class ApiError(Exception):
     """What a client gets as {"error": {message, type, param, code}}."""
@@ -25,9 +28,11 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         kind: str = "invalid_request_error",
+        headers: dict[str, str] | None = None,
     ):
         super().__init__(message)
         self.status = status
+        self.headers = headers
         # names that a client made up may be no text
         told = {"message": _sendable(message), "type": kind, "param": param and _sendable(param), "code": code}
         self.body = {"error": told}
@@ -39,7 +44,25 @@ def _sendable(text: str) -> str:
 
 def unavailable(message: str) -> ApiError:
     """503: the same request may succeed later."""
-    return ApiError(message, status=503, kind="service_unavailable_error", code="unavailable")
+    headers = {"Retry-After": str(_RETRY_ENGINE_S)}
+    return ApiError(message, status=503, kind="service_unavailable_error", code="unavailable", headers=headers)
+
+
+def overloaded() -> ApiError:
+    """429: there is no place in the queue right now."""
+    return ApiError(
+        "too many requests are waiting for an engine; try again later",
+        status=429,
+        kind="rate_limit_error",
+        code="queue_full",
+        headers={"Retry-After": str(_RETRY_QUEUE_S)},
+    )
+
+
+def too_late(deadline_s: float) -> ApiError:
+    """504: the request's time is over."""
+    message = f"the request took longer than its deadline of {deadline_s:g} s"
+    return ApiError(message, status=504, param="deadline_s", code="deadline_exceeded", kind="timeout_error")
 
 
 class _Part(BaseModel):
@@ -120,6 +143,8 @@ class _Request(_Part):
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     """Not OpenAI's: higher goes first, 0 if left out."""
+    deadline_s: Annotated[float, Field(gt=0)] | None = None
+    """Not OpenAI's: seconds after which the answer is of no use; the server's own deadline holds as well."""
     stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -155,8 +180,8 @@ class _Request(_Part):
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self, max_tokens: int | None) -> dict[str, Any]:
-        """Keyword arguments of `raymoe.inference.SamplingParams`; no `max_tokens`: what there is room for."""
+    def sampling(self, max_tokens: int) -> dict[str, Any]:
+        """Keyword arguments of `raymoe.inference.SamplingParams`."""
         asked = {
             "temperature": self.temperature,
             "top_p": self.top_p,

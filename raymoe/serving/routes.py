@@ -12,17 +12,19 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 
 from raymoe.serving.answers import Answer, Answering
+from raymoe.serving.guard import Guard
 from raymoe.serving.openai_answers import ChatAnswer, CompletionAnswer, Piece
 from raymoe.serving.openai_api import ApiError, ChatRequest, CompletionRequest, parse_request
-
-MAX_BODY_BYTES = 8 << 20
 
 logger = logging.getLogger("raymoe.serving")
 
 
 def create_api(answering: Answering) -> FastAPI:
     """The ASGI application; what it does is in `Answering`."""
-    api = FastAPI(title="raymoe", description="OpenAI's API over a Mixture-of-Experts model", redoc_url=None)
+    # FastAPI's own pages about the API load their scripts from elsewhere
+    about = "OpenAI's API over a Mixture-of-Experts model"
+    api = FastAPI(title="raymoe", description=about, docs_url=None, redoc_url=None)
+    api.add_middleware(Guard, answering=answering)
     api.exception_handler(ApiError)(_api_error)
     api.exception_handler(HTTPException)(_http_error)
     api.exception_handler(Exception)(_internal_error)
@@ -30,12 +32,12 @@ def create_api(answering: Answering) -> FastAPI:
 
     @api.post("/v1/completions", openapi_extra=_body(CompletionRequest))
     async def completions(request: Request) -> Response:
-        asked = parse_request(CompletionRequest, await _read_body(request))
+        asked = parse_request(CompletionRequest, await _read_body(request, answering.config.max_body_bytes))
         return await _respond(answering, asked, CompletionAnswer)
 
     @api.post("/v1/chat/completions", openapi_extra=_body(ChatRequest))
     async def chat_completions(request: Request) -> Response:
-        asked = parse_request(ChatRequest, await _read_body(request))
+        asked = parse_request(ChatRequest, await _read_body(request, answering.config.max_body_bytes))
         return await _respond(answering, asked, ChatAnswer)
 
     @api.get("/v1/models")
@@ -122,12 +124,12 @@ def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
-async def _read_body(request: Request) -> bytes:
+async def _read_body(request: Request, max_bytes: int) -> bytes:
     body = bytearray()
     async for part in request.stream():
         body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise ApiError(f"the request body is larger than {MAX_BODY_BYTES} bytes", status=413)
+        if len(body) > max_bytes:
+            raise ApiError(f"the request body is larger than {max_bytes} bytes (max_body_bytes)", status=413)
     return bytes(body)
 
 
@@ -137,7 +139,7 @@ def _body(schema: type[CompletionRequest | ChatRequest]) -> dict[str, Any]:
 
 
 async def _api_error(request: Request, error: ApiError) -> Response:
-    return JSONResponse(error.body, status_code=error.status)
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:

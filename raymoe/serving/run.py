@@ -52,7 +52,11 @@ def serving(config: ServeConfig, *, app_name: str = "raymoe") -> Iterator[str]:
             _deploy(config, app_name)
             url = _url(config.host, port)
             _wait_healthy(url)
-            yield url
+            try:
+                yield url
+            finally:
+                # what clients wait for is answered before the proxy goes
+                serve.delete(app_name)
         finally:
             serve.shutdown()
 

@@ -67,7 +67,7 @@ def status(url: str) -> dict:
 
 def wait_until_idle(url: str, timeout_s: float = 10.0) -> dict:
     deadline_s = time.monotonic() + timeout_s
-    while (found := status(url))["requests_running"]:
+    while (found := status(url))["requests_running"] or found["kv_pages_held"]:
         assert time.monotonic() < deadline_s, "the engine still works on a request that nobody waits for"
         time.sleep(0.05)
     return found

@@ -29,7 +29,7 @@ class LocalEngine(Deployed):
     """The deployment's own class in this process."""
 
     def __init__(self, engine: InferenceEngine):
-        self._engine, self._max_tokens = engine, 200
+        self._engine = engine
 
     async def status(self, history=False):
         return [super().status(history)]

@@ -44,8 +44,8 @@ def test_forms_of_stop(stop, taken):
 
 def test_what_is_left_out_is_left_to_the_engine():
     assert completion().sampling(16) == {"max_tokens": 16}
-    assert completion(temperature=0, seed=3, top_k=4, top_p=0.5).sampling(None) == {
-        "max_tokens": None,
+    assert completion(temperature=0, seed=3, top_k=4, top_p=0.5).sampling(16) == {
+        "max_tokens": 16,
         "temperature": 0,
         "seed": 3,
         "top_k": 4,
@@ -86,6 +86,7 @@ def test_arguments_that_ask_for_nothing_are_taken():
         ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
         ({"temperature": "1"}, "temperature", "valid number"),
         ({"temperature": True}, "temperature", "valid number"),
+        ({"deadline_s": 0}, "deadline_s", "greater than 0"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"top_k": -1}, "top_k", "greater than or equal to 0"),
         ({"seed": 1 << 64}, "seed", "less than"),

@@ -9,8 +9,8 @@ from starlette.testclient import TestClient
 from raymoe.config import ServeConfig
 from raymoe.serving.answers import Answering
 from raymoe.serving.events import Event
-from raymoe.serving.openai_api import unavailable
-from raymoe.serving.routes import MAX_BODY_BYTES, create_api
+from raymoe.serving.openai_api import overloaded, unavailable
+from raymoe.serving.routes import create_api
 
 RARE = "\u9b31"
 
@@ -34,14 +34,17 @@ class ScriptedEngine:
         self.events = [Event([]), *(Event(part) for part in parts[:-1]), Event(parts[-1], reason)]
         self.num_tokens = len(tokens)
 
-    async def generate(self, prompt_ids, params, in_steps):
-        self.in_steps = in_steps
+    async def generate(self, prompt_ids, params, in_steps, up_to):
+        self.in_steps, self.up_to = in_steps, up_to
         self.asked.append((prompt_ids, params))
         self.num_open += 1
         try:
             for event in self.events:
                 if isinstance(event, Exception):
                     raise event
+                if asyncio.iscoroutine(event):
+                    await event
+                    continue
                 await asyncio.sleep(0)
                 yield event
         finally:
@@ -63,8 +66,12 @@ def engine(tokenizer) -> ScriptedEngine:
 @pytest.fixture
 def client(tokenizer, engine, tmp_path) -> TestClient:
     (tmp_path / "config.json").write_text("{}")
-    config = ServeConfig(model=tmp_path, name="m", max_tokens=50, max_prompt_tokens=20, max_choices=3)
-    return TestClient(create_api(Answering(config, tokenizer, engine)), raise_server_exceptions=False)
+    config = ServeConfig(
+        model=tmp_path, name="m", max_tokens=50, max_prompt_tokens=20, max_choices=3, max_body_bytes=4096
+    )
+    return TestClient(
+        create_api(Answering(config, tokenizer, engine)), raise_server_exceptions=False, base_url="http://127.0.0.1"
+    )
 
 
 def complete(client, **arguments):
@@ -115,8 +122,8 @@ def test_a_chat_goes_through_the_template(client, engine, tokenizer):
     body = chat(client).json()
     assert body["choices"][0]["message"] == {"role": "assistant", "content": "hello", "refusal": None}
     assert tokenizer.decode(engine.asked[0][0]) == "<|user|>\nhi\n<|assistant|>\n"
-    # the engine takes as many tokens as there is room for
-    assert engine.asked[0][1]["max_tokens"] is None
+    # as many tokens as there is room for, up to the server's limit
+    assert (engine.asked[0][1]["max_tokens"], engine.up_to) == (50, True)
 
 
 def test_a_model_without_a_template_has_no_chat(client, tokenizer, monkeypatch):
@@ -250,7 +257,8 @@ def test_a_stop_string_that_only_begins_is_text(client, engine):
     [
         (Event([], refusal="the KV cache holds 8 tokens"), 400, "the KV cache holds 8 tokens"),
         (Event([], error="the engine has ended"), 503, "the engine has ended"),
-        (unavailable("too many requests are waiting"), 503, "too many requests"),
+        (unavailable("no engine could answer"), 503, "no engine could answer"),
+        (overloaded(), 429, "too many requests are waiting"),
     ],
 )
 def test_what_the_engine_turns_down_has_a_status(client, engine, first, status, message, stream):
@@ -258,6 +266,7 @@ def test_what_the_engine_turns_down_has_a_status(client, engine, first, status, 
     response = complete(client, stream=stream)
     assert response.status_code == status
     assert message in error_of(response)["message"]
+    assert ("retry-after" in response.headers) == (status in (429, 503))
 
 
 def test_an_engine_that_fails_on_the_way(client, engine):
@@ -293,8 +302,19 @@ def test_bad_requests_never_reach_the_engine(client, engine, arguments, status, 
     assert engine.asked == []
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_deadline_ends_the_request(client, engine, at, stream):
+    engine.events.insert(at, asyncio.sleep(30))
+    response = complete(client, deadline_s=0.05, stream=stream)
+    error = chunks(response)[-1]["error"] if stream and at else error_of(response)
+    assert (error["code"], error["param"]) == ("deadline_exceeded", "deadline_s")
+    assert response.status_code == (200 if stream and at else 504)
+    assert engine.num_open == 0
+
+
 def test_bodies_are_bounded(client):
-    response = client.post("/v1/completions", content=b" " * (MAX_BODY_BYTES + 1))
+    response = client.post("/v1/completions", content=b" " * 4097)
     assert response.status_code == 413
     assert "larger than" in error_of(response)["message"]
 
