@@ -30,6 +30,8 @@ class ServeConfig(Strict):
     or `int4:32`, with the size of a group that shares a scale (32, 64, 128)."""
     engines: int = Field(default=1, ge=1)
     """`Engine` replicas."""
+    on_engine_death: Literal["continue", "fail"] = "continue"
+    """Of an answer that had begun: another engine goes on with it, or it ends with an error. Others begin again in both cases."""
     max_batch_tokens: int = Field(default=512, ge=16)
     """Tokens a forward pass may hold, prompts included."""
     kv_tokens: int = Field(default=16384, ge=256)
@@ -90,6 +92,9 @@ class ServeConfig(Strict):
     it: all interfaces in YAML. What arrives at another address than this one and the loopback is refused; 0.0.0.0 takes all."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port of the HTTP proxy."""
+    grpc_port: int | None = Field(default=None, ge=1, le=65535)
+    """Port of the gRPC proxy, which listens at all addresses and answers as `host` says; none: there is no gRPC. With `serve run`
+    and YAML it is Serve's own `grpc_options`."""
 
     @field_validator("model")
     @classmethod

@@ -19,6 +19,8 @@ def build_app(args: ServeConfig) -> Application:
         max_queued_requests=args.max_queued_requests,
         # a checkpoint or a budget that does not work now will not at the next attempt either
         max_constructor_retry_count=1,
+        # how soon one that has died is replaced
+        health_check_period_s=1.0,
         ray_actor_options={
             "num_cpus": args.num_cpus,
             "num_gpus": args.num_gpus,

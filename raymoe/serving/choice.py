@@ -51,21 +51,23 @@ class Choice:
             self._num_sent += len(ready)
             is_whole = reason is not None and not is_stopped
             likelihoods = self._likelihoods.release(None if is_whole else self._num_sent)
+            routes = tuple((self._likelihoods.text_of(route.token).text, route) for route in event.routes or ())
             if is_stopped or reason is not None:
-                yield Piece(ready, "stop" if is_stopped else reason, likelihoods)
+                yield Piece(ready, "stop" if is_stopped else reason, likelihoods, routes)
                 return
-            if ready:
-                yield Piece(ready, None, likelihoods)
+            if ready or routes:
+                yield Piece(ready, None, likelihoods, routes)
         raise unavailable("the engine ended this request without a last token")
 
     async def whole(self) -> Piece:
         """All of it in one piece. Raises: as `pieces`."""
-        text, reason, likelihoods = "", None, []
+        text, reason, likelihoods, routes = "", None, [], ()
         async for piece in self.pieces():
             text, reason = text + piece.text, piece.finish_reason
             likelihoods += piece.likelihoods
+            routes += piece.routes
         assert reason is not None, "the last piece has a reason"
-        return Piece(text, reason, likelihoods)
+        return Piece(text, reason, likelihoods, routes)
 
     async def close(self) -> None:
         """Cancels the engine's request if it is not done."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -11,6 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from raymoe import env
 from raymoe.config import ServeConfig
 from raymoe.inference import Delta, EngineError, SamplingParams, TokenLogprobs
+from raymoe.inference.requests import TokenRoute
 from raymoe.inference.text import decoder
 from raymoe.serving.events import Event
 from raymoe.serving.hosts import directory_name
@@ -84,22 +86,34 @@ class Engine:
             yield Event([], refusal=str(error))
             return
         except EngineError as error:
-            yield Event([], error=str(error))
+            yield Event([], error=str(error), is_engine_dead=True)
             return
         try:
             yield Event([], max_tokens=params["max_tokens"])
             tokens: list[int] = []
             logprobs: list[TokenLogprobs] = []
+            routes: list[TokenRoute] = []
             while True:
                 delta = await inbox.get()
                 tokens += delta.tokens
                 logprobs += delta.logprobs or []
+                routes += delta.routes or []
                 is_last = delta.finish_reason is not None
                 # a consumer that is slower than the steps gets several at once
                 if is_last or (in_steps and inbox.empty()):
                     told = None if params.get("logprobs") is None else logprobs
-                    yield Event(tokens, delta.finish_reason, None, delta.error, delta.stop_string, told, delta.stood_in)
-                    tokens, logprobs = [], []
+                    is_dead = delta.finish_reason == "error" and not self._engine.is_alive
+                    yield Event(
+                        tokens,
+                        delta.finish_reason,
+                        error=delta.error,
+                        stop_string=delta.stop_string,
+                        logprobs=told,
+                        stood_in=delta.stood_in,
+                        routes=routes or None,
+                        is_engine_dead=is_dead,
+                    )
+                    tokens, logprobs, routes = [], [], []
                 if is_last:
                     return
         finally:
@@ -123,10 +137,18 @@ class Engine:
         for key in order:
             known[key](user_config[key])
 
+    def set_budgets(self, budgets: dict[str, Any]) -> str | None:
+        """`reconfigure`, for whoever asks over HTTP: why not, or None."""
+        try:
+            self.reconfigure(budgets)
+        except (ValueError, EngineError) as error:
+            return str(error)
+        return None
+
     def status(self, history: bool = False) -> dict[str, Any]:
-        """`InferenceEngine.stats`, with its `history` if asked for."""
-        stats = self._engine.stats()
-        return stats | {"history": self._engine.history()} if history else stats
+        """`InferenceEngine.stats` and the engine's process, with its `history` and `load` if asked for."""
+        stats = self._engine.stats() | {"pid": os.getpid()}
+        return stats | {"history": self._engine.history(), "load": self._engine.expert_load()} if history else stats
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""

@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator
 from typing import Any, NamedTuple, Protocol
 
-from raymoe.inference.requests import TokenLogprobs
+from raymoe.inference.requests import TokenLogprobs, TokenRoute
 
 
 class Event(NamedTuple):
@@ -23,8 +23,12 @@ class Event(NamedTuple):
     """One for each token, if asked for."""
     stood_in: int | None = None
     """Of the last event under on_miss: compressed, see `raymoe.inference.Delta`."""
+    routes: list[TokenRoute] | None = None
+    """One for each token, if asked for."""
     max_tokens: int | None = None
     """Of the event that accepts: as many as there will be at the most."""
+    is_engine_dead: bool = False
+    """Of an error: the engine's end, not this request's own."""
 
 
 class EngineClient(Protocol):
@@ -38,6 +42,10 @@ class EngineClient(Protocol):
 
     async def status(self, history: bool = False) -> list[dict[str, Any]]:
         """`Engine.status` of every engine that answers."""
+        ...
+
+    async def set_budgets(self, budgets: dict[str, Any]) -> None:
+        """`Engine.reconfigure` of every engine. Raises: ApiError: 400, a budget that one of them cannot have."""
         ...
 
     def metrics_endpoints(self) -> list[str]:

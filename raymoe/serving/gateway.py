@@ -1,7 +1,8 @@
-"""The `Gateway` deployment: HTTP on one side, handles of `Engine` replicas on the other."""
+"""The `Gateway` deployment: HTTP and gRPC on one side, handles of `Engine` replicas on the other."""
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any, cast
 
 import ray
@@ -15,7 +16,9 @@ from raymoe import env
 from raymoe.config import ServeConfig, parse_config
 from raymoe.serving.answers import Answering
 from raymoe.serving.events import Event
-from raymoe.serving.openai_api import overloaded, unavailable
+from raymoe.serving.failover import EngineLost, OnDeath, surviving
+from raymoe.serving.grpc_service import GenerationMethods
+from raymoe.serving.openai_api import ApiError, overloaded, unavailable
 from raymoe.serving.routes import create_api
 
 _STATUS_TIMEOUT_S = 5.0
@@ -23,7 +26,7 @@ _STATUS_TIMEOUT_S = 5.0
 
 @serve.deployment(name="Gateway")
 @serve.ingress()
-class Gateway:
+class Gateway(GenerationMethods):
     """Tokenises, applies the chat template, and turns tokens back into text; holds the client's stream."""
 
     def __init__(self, config: ServeConfig, engine: DeploymentHandle):
@@ -33,7 +36,8 @@ class Gateway:
         logging.getLogger("raymoe").setLevel(env.log_level())
         tokenizer = AutoTokenizer.from_pretrained(config.model, local_files_only=True)
         self._config = config
-        self._answering = Answering(config, tokenizer, HandleClient(engine))
+        client = HandleClient(engine, lambda: self._answering.config.on_engine_death)
+        self._answering = Answering(config, tokenizer, client)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Changes limits and keys while requests run; Serve calls it with the deployment's `user_config`.
@@ -56,6 +60,7 @@ LIVE_KEYS = frozenset(
         "max_choices",
         "max_prompt_tokens",
         "max_tokens",
+        "on_engine_death",
     }
 )
 """What a `user_config` of the gateway may change; the budgets are the engines'."""
@@ -71,7 +76,8 @@ def reconfigured(config: ServeConfig, changes: dict[str, Any]) -> ServeConfig:
 class HandleClient:
     """The `EngineClient` over a Serve handle."""
 
-    def __init__(self, handle: DeploymentHandle):
+    def __init__(self, handle: DeploymentHandle, on_engine_death: Callable[[], OnDeath]):
+        self.on_engine_death = on_engine_death
         self._handle = handle
         self._generate = handle.options(method_name="generate", stream=True)
         self._has_started = False
@@ -80,16 +86,34 @@ class HandleClient:
         self, prompt_ids: list[int], params: dict[str, Any], in_steps: bool, up_to: bool
     ) -> AsyncGenerator[Event, None]:
         await self._wait_not_for_the_first()
+        on_death = self.on_engine_death()
+
+        def attempt(ids: list[int], asked: dict[str, Any], is_bound: bool) -> AsyncGenerator[Event, None]:
+            return self._at_one_engine(ids, asked, in_steps, is_bound)
+
+        async with aclosing(surviving(attempt, prompt_ids, params, up_to, on_death)) as events:
+            async for event in events:
+                yield event
+
+    async def _at_one_engine(
+        self, prompt_ids: list[int], params: dict[str, Any], in_steps: bool, up_to: bool
+    ) -> AsyncGenerator[Event, None]:
         response = cast(DeploymentResponseGenerator, self._generate.remote(prompt_ids, params, in_steps, up_to))
         try:
             async for event in response:
+                if event.is_engine_dead:
+                    raise EngineLost(event.error)
                 yield event
         except BackPressureError:
             raise overloaded() from None
-        except (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError) as error:
-            raise unavailable(f"no engine could answer: {type(error).__name__}") from None
-        finally:
+        except (RayActorError, ReplicaUnavailableError) as error:
+            raise EngineLost(str(error)) from None
+        except DeploymentUnavailableError:
+            raise unavailable("no engine can be started; the server's log says why") from None
+        except BaseException:
+            # of one that no engine has, `cancel` would raise the error that is handled above
             response.cancel()
+            raise
 
     async def _wait_not_for_the_first(self) -> None:
         """An engine that died will be replaced soon; one that never was may take as long as its model is large."""
@@ -105,6 +129,12 @@ class HandleClient:
         except (TimeoutError, DeploymentUnavailableError):
             return []
         return [answer for answer in answers if isinstance(answer, dict)]
+
+    async def set_budgets(self, budgets: dict[str, Any]) -> None:
+        response = self._handle.broadcast("set_budgets", budgets)
+        for refusal in await response.results_async(timeout_s=_STATUS_TIMEOUT_S):
+            if refusal is not None:
+                raise ApiError(refusal)
 
     def metrics_endpoints(self) -> list[str]:
         """Ray exports every process's metrics at one port of its node."""

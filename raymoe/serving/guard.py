@@ -11,7 +11,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from raymoe.serving.answers import Answering
 from raymoe.serving.openai_api import ApiError
 
-OPEN_PATHS = frozenset({"/health"})
+PAGE_FILES = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+"""The page: path -> (file, its type). It asks for what it shows, with the key that its reader gives it."""
+
+OPEN_PATHS = frozenset({"/health", *PAGE_FILES})
 """Need no key."""
 
 ADMIN_PATHS = frozenset({"/v1/raymoe/budgets"})

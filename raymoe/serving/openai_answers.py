@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from raymoe.inference.requests import TokenRoute
 from raymoe.serving.logprobs import Likelihood, TokenText
 
 
@@ -16,6 +17,8 @@ class Piece(NamedTuple):
     """Set on the last piece: stop or length."""
     likelihoods: list[Likelihood]
     """Of the tokens that begin in the text, if asked for."""
+    routes: tuple[tuple[str, TokenRoute], ...] = ()
+    """(text, route) of the tokens computed for it, if asked for; a token's text may wait for the next ones."""
 
 
 @dataclass
@@ -59,6 +62,7 @@ class CompletionAnswer:
                 **self._text(piece.text),
                 "logprobs": self._logprobs(piece.likelihoods) if self._tells_logprobs else None,
                 "finish_reason": piece.finish_reason,
+                **_routes(piece),
             }
             for index, piece in enumerate(choices)
         ]
@@ -73,7 +77,13 @@ class CompletionAnswer:
 
     def _chunk(self, index: int, content: dict[str, Any], piece: Piece) -> dict[str, Any]:
         logprobs = self._logprobs(piece.likelihoods) if piece.likelihoods else None
-        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+        choice = {
+            "index": index,
+            **content,
+            "logprobs": logprobs,
+            "finish_reason": piece.finish_reason,
+            **_routes(piece),
+        }
         return {**self._head, "object": self.chunk_object, "choices": [choice], **self._no_usage}
 
     def _logprobs(self, likelihoods: list[Likelihood]) -> dict[str, Any]:
@@ -113,6 +123,12 @@ class ChatAnswer(CompletionAnswer):
             for one in likelihoods
         ]
         return {"content": content, "refusal": None}
+
+
+def _routes(piece: Piece) -> dict[str, Any]:
+    """Ours, not OpenAI's: `routes`, of each token its text and, layer by layer, [expert, hit | fetched | stood_in]."""
+    told = [{"token": route.token, "text": text, "layers": route.layers} for text, route in piece.routes]
+    return {"routes": told} if told else {}
 
 
 def _entry(token: TokenText, logprob: float) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from raymoe.inference.requests import MAX_LOGPROBS, MAX_PRIORITY
 
 _MAX_STOPS = 4
 
+QUEUE_FULL = 429
+
 _RETRY_QUEUE_S = 1
 _RETRY_ENGINE_S = 5
 
@@ -52,7 +54,7 @@ def overloaded() -> ApiError:
     """429: there is no place in the queue right now."""
     return ApiError(
         "too many requests are waiting for an engine; try again later",
-        status=429,
+        status=QUEUE_FULL,
         kind="rate_limit_error",
         code="queue_full",
         headers={"Retry-After": str(_RETRY_QUEUE_S)},
@@ -143,6 +145,8 @@ class _Request(_Part):
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     """Not OpenAI's: higher goes first, 0 if left out."""
+    routes: bool | None = None
+    """Not OpenAI's: tell with each choice which experts its tokens came through."""
     deadline_s: Annotated[float, Field(gt=0)] | None = None
     """Not OpenAI's: seconds after which the answer is of no use; the server's own deadline holds as well."""
     stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
@@ -190,6 +194,7 @@ class _Request(_Part):
             "priority": self.priority,
             "stop": self.stop or None,
             "logprobs": self.num_logprobs,
+            "routes": self.routes or None,
         }
         return {"max_tokens": max_tokens, **{name: value for name, value in asked.items() if value is not None}}
 
@@ -276,7 +281,15 @@ class ChatRequest(_Request):
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
 
-RequestT = TypeVar("RequestT", bound=_Request)
+class Budgets(_Part):
+    """POST /v1/raymoe/budgets: ours. What is left out stays as it is."""
+
+    expert_memory: str | Annotated[int, Field(ge=1)] | None = None
+    """As in the configuration: "25%", "512MiB", or bytes."""
+    kv_tokens: Annotated[int, Field(ge=1)] | None = None
+
+
+RequestT = TypeVar("RequestT", bound=_Part)
 
 
 def parse_request(cls: type[RequestT], body: bytes) -> RequestT:
@@ -291,6 +304,11 @@ def parse_request(cls: type[RequestT], body: bytes) -> RequestT:
         raise ApiError(f"the request body is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ApiError("the request body must be a JSON object")
+    return check_request(cls, values)
+
+
+def check_request(cls: type[RequestT], values: dict[str, Any]) -> RequestT:
+    """Checks a request's arguments. Raises: ApiError: 400, with the argument's name in `param`."""
     try:
         return cls.model_validate(values)
     except ValidationError as error:

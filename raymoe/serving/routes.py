@@ -3,8 +3,9 @@
 import json
 import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,9 +13,11 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 
 from raymoe.serving.answers import Answer, Answering
-from raymoe.serving.guard import Guard
+from raymoe.serving.guard import PAGE_FILES, Guard
 from raymoe.serving.openai_answers import ChatAnswer, CompletionAnswer, Piece
-from raymoe.serving.openai_api import ApiError, ChatRequest, CompletionRequest, parse_request
+from raymoe.serving.openai_api import ApiError, Budgets, ChatRequest, CompletionRequest, parse_request
+
+_PAGE = Path(__file__).parent / "page"
 
 logger = logging.getLogger("raymoe.serving")
 
@@ -58,6 +61,16 @@ def create_api(answering: Answering) -> FastAPI:
         return JSONResponse(
             {"status": "ok" if is_ok else "unavailable", "engines": alive}, status_code=200 if is_ok else 503
         )
+
+    @api.post("/v1/raymoe/budgets", openapi_extra=_body(Budgets))
+    async def budgets(request: Request) -> dict[str, Any]:
+        """Changes the budgets of all engines that run now; one that is started later has those of the configuration."""
+        asked = parse_request(Budgets, await _read_body(request, answering.config.max_body_bytes))
+        await answering.engine.set_budgets(asked.model_dump(exclude_none=True))
+        return {"model": answering.model, "engines": await answering.engine.status()}
+
+    for path, (file, media_type) in PAGE_FILES.items():
+        api.add_api_route(path, _file(file, media_type), include_in_schema=False)
 
     @api.get("/v1/raymoe/status")
     async def status(history: bool = False) -> dict[str, Any]:
@@ -106,7 +119,7 @@ async def _stream(answer: Answer, form: CompletionAnswer, wants_usage: bool) -> 
                 yield _event(opening)
         async with aclosing(answer.pieces()) as pieces:
             async for index, piece in pieces:
-                if piece.text or piece.likelihoods:
+                if piece.text or piece.likelihoods or piece.routes:
                     yield _event(form.chunk(index, piece._replace(finish_reason=None)))
                 if piece.finish_reason is not None:
                     yield _event(form.chunk(index, Piece("", piece.finish_reason, [])))
@@ -124,6 +137,20 @@ def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
+def _file(name: str, media_type: str) -> Callable[[], Awaitable[Response]]:
+    text = (_PAGE / name).read_text(encoding="utf-8")
+    # nothing from elsewhere, and no script but the page's own
+    headers = {
+        "Content-Security-Policy": "default-src 'self'; img-src data:; frame-ancestors 'none'",
+        "X-Content-Type-Options": "nosniff",
+    }
+
+    async def answer() -> Response:
+        return Response(text, media_type=media_type, headers=headers)
+
+    return answer
+
+
 async def _read_body(request: Request, max_bytes: int) -> bytes:
     body = bytearray()
     async for part in request.stream():
@@ -133,7 +160,7 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     return bytes(body)
 
 
-def _body(schema: type[CompletionRequest | ChatRequest]) -> dict[str, Any]:
+def _body(schema: type[CompletionRequest | ChatRequest | Budgets]) -> dict[str, Any]:
     content = {"application/json": {"schema": schema.model_json_schema(mode="serialization")}}
     return {"requestBody": {"required": True, "content": content}}
 

@@ -13,6 +13,7 @@ import uvicorn
 from raymoe.config import ConfigError, ServeConfig, parse_config
 from raymoe.serving.answers import Answering
 from raymoe.serving.gateway import reconfigured
+from raymoe.serving.grpc_service import check_peer
 from raymoe.serving.guard import check_admin, check_key
 from raymoe.serving.openai_api import ApiError
 from raymoe.serving.routes import create_api
@@ -96,6 +97,20 @@ def test_a_user_is_no_administrator():
     # nobody has a key: whoever reaches the server may
     check_admin(None, (), ())
     check_key("any", ())
+
+
+@pytest.mark.parametrize(
+    "peer", ["ipv4:127.0.0.1:50000", "ipv6:[::1]:50000", "ipv6:%5B::1%5D:50000", "unix:", "ipv6:[::ffff:127.0.0.1]:1"]
+)
+def test_grpc_callers_of_this_machine(peer):
+    check_peer(peer, "127.0.0.1")
+
+
+@pytest.mark.parametrize("peer", ["ipv4:10.0.0.7:50000", "ipv6:[2001:db8::1]:50000"])
+def test_grpc_callers_from_elsewhere(peer):
+    check_peer(peer, "0.0.0.0")
+    with pytest.raises(ApiError, match=r"for 127\.0\.0\.1 only"):
+        check_peer(peer, "127.0.0.1")
 
 
 def test_keys_are_given_as_hashes(config):

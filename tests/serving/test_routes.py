@@ -2,14 +2,16 @@
 
 import asyncio
 import json
+import re
 
 import pytest
 from starlette.testclient import TestClient
 
 from raymoe.config import ServeConfig
+from raymoe.inference.requests import TokenRoute
 from raymoe.serving.answers import Answering
 from raymoe.serving.events import Event
-from raymoe.serving.openai_api import overloaded, unavailable
+from raymoe.serving.openai_api import ApiError, overloaded, unavailable
 from raymoe.serving.routes import create_api
 
 RARE = "\u9b31"
@@ -50,6 +52,11 @@ class ScriptedEngine:
         finally:
             self.is_closed = True
             self.num_open -= 1
+
+    async def set_budgets(self, budgets):
+        if budgets.get("kv_tokens") == 1:
+            raise ApiError("kv_tokens: 1 is too few")
+        self.budgets = budgets
 
     def metrics_endpoints(self):
         return ["http://10.0.0.1:8080/metrics"]
@@ -329,6 +336,43 @@ def test_health_follows_the_engine(client, engine):
     assert client.get("/health").json() == {"status": "ok", "engines": 1}
     engine.is_alive = False
     assert client.get("/health").status_code == 503
+
+
+def test_budgets_go_to_the_engines(client, engine):
+    answer = client.post("/v1/raymoe/budgets", json={"expert_memory": "25%", "kv_tokens": 512})
+    assert answer.json()["engines"] == [{"is_alive": True}]
+    assert engine.budgets == {"expert_memory": "25%", "kv_tokens": 512}
+    for body, message in (({"kv_tokens": 1}, "too few"), ({"kv": 1}, "kv"), ({"expert_memory": -5}, "expert_memory")):
+        refused = client.post("/v1/raymoe/budgets", json=body)
+        assert refused.status_code == 400
+        assert message in error_of(refused)["message"]
+
+
+def test_the_page_is_all_there_and_asks_nobody_else(client):
+    page = client.get("/")
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    for name in re.findall(r'(?:src|href)="(/[^"]*)"', page.text):
+        assert client.get(name).status_code == 200, name
+    for path in ("/", "/page.css", "/page.js"):
+        assert not re.search(r"https?://|//[a-z]+\.", client.get(path).text.replace("http://www.w3.org/2000/svg", ""))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_routes_of_tokens_are_told_on_request(client, engine, tokenizer, stream):
+    tokens = tokenizer(RARE)["input_ids"]
+    assert len(tokens) > 1
+    routes = [TokenRoute(token, [[(at, "hit"), (5, "fetched")]]) for at, token in enumerate(tokens)]
+    engine.events = [Event([])] + [
+        Event([token], "length" if route is routes[-1] else None, routes=[route])
+        for token, route in zip(tokens, routes, strict=True)
+    ]
+    response = complete(client, routes=True, stream=stream)
+    assert engine.asked[0][1]["routes"] is True
+    parts = chunks(response) if stream else [response.json()]
+    told = [route for part in parts for route in part["choices"][0].get("routes", ())]
+    assert [route["token"] for route in told] == tokens
+    assert told[0]["layers"] == [[[0, "hit"], [5, "fetched"]]]
+    assert "".join(part["choices"][0]["text"] for part in parts) == RARE
 
 
 def test_metrics_point_to_where_they_are(client):
