@@ -7,7 +7,7 @@ import json
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from raymoe.inference.requests import MAX_LOGPROBS, MAX_PRIORITY
 
@@ -35,13 +35,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.headers = headers
-        # names that a client made up may be no text
-        told = {"message": _sendable(message), "type": kind, "param": param and _sendable(param), "code": code}
-        self.body = {"error": told}
-
-
-def _sendable(text: str) -> str:
-    return text.encode(errors="replace").decode()
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def unavailable(message: str) -> ApiError:
@@ -75,12 +69,9 @@ def _text(value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        # "\ud800" alone is valid JSON, and no text
+        # "\ud800" alone is valid JSON, and no text; pydantic refuses it where it validates itself
         raise ValueError("half of a surrogate pair is no character") from None
     return value
-
-
-Text = Annotated[str, AfterValidator(_text)]
 
 
 def _prompts(value: Any) -> tuple[str | list[int], ...]:
@@ -137,7 +128,7 @@ class _Request(_Part):
         "store": (False,),
     }
 
-    model: Text
+    model: str
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
