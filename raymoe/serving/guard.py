@@ -1,8 +1,9 @@
-"""Who may ask: the address that a request arrived at, and its key."""
+"""Who may ask: the address that a request arrived at, the page that sent it, and its key."""
 
 import hashlib
 import hmac
 from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
@@ -36,11 +37,13 @@ class Guard:
         if scope["type"] == "http":
             config = self._answering.config
             try:
+                headers = Headers(scope=scope)
                 check_address(scope["server"] and scope["server"][0], config.host)
+                check_origin(headers)
                 if scope["path"] in ADMIN_PATHS:
-                    check_admin(bearer(Headers(scope=scope)), config.api_keys, config.admin_keys)
+                    check_admin(bearer(headers), config.api_keys, config.admin_keys)
                 elif scope["path"] not in OPEN_PATHS:
-                    check_key(bearer(Headers(scope=scope)), config.api_keys + config.admin_keys)
+                    check_key(bearer(headers), config.api_keys + config.admin_keys)
             except ApiError as error:
                 await JSONResponse(error.body, status_code=error.status, headers=error.headers)(scope, receive, send)
                 return
@@ -60,6 +63,16 @@ def check_address(arrived_at: str | None, host: str) -> None:
         status=403,
         code="address_not_served",
     )
+
+
+def check_origin(headers: Headers) -> None:
+    """Refuses what a browser sends for another site's page: on a machine that serves itself without keys, any page it visits could.
+
+    Raises: ApiError.
+    """
+    origin = headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+        raise ApiError(f"pages of {origin} may not ask this server", status=403, code="cross_origin")
 
 
 def bearer(headers: Headers | dict[str, str]) -> str | None:

@@ -63,7 +63,8 @@ def test_openais_client_is_told_in_its_own_words(port):
 
 def test_paths_that_need_a_key(port):
     base = f"http://127.0.0.1:{port}"
-    assert httpx.get(f"{base}/health").status_code == 200
+    for path in ("/health", "/", "/page.js", "/page.css"):
+        assert httpx.get(base + path).status_code == 200
     for path in ("/v1/models", "/v1/raymoe/status", "/metrics", "/openapi.json", "/nothing"):
         answer = httpx.get(base + path)
         assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer"), path
@@ -83,6 +84,17 @@ def test_only_the_address_that_was_opened_is_served(port, answering, config, mon
     for host in ("0.0.0.0", outside):
         monkeypatch.setattr(answering, "config", config.model_copy(update={"host": host}))
         assert httpx.get(url).status_code == 200
+
+
+def test_other_sites_pages_may_not_ask(port):
+    url = f"http://127.0.0.1:{port}/v1/models"
+    for origin, status in ((f"http://127.0.0.1:{port}", 200), ("https://example.com", 403), ("null", 403)):
+        headers = {"Authorization": "Bearer user", "Origin": origin}
+        assert httpx.get(url, headers=headers).status_code == status
+    refused = httpx.post(
+        f"http://127.0.0.1:{port}/v1/raymoe/budgets", headers={"Origin": "http://127.0.0.1"}, content="{}"
+    )
+    assert refused.json()["error"]["code"] == "cross_origin"
 
 
 def test_a_user_is_no_administrator():
