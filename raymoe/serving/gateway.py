@@ -1,6 +1,8 @@
 """The `Gateway` deployment: HTTP and gRPC on one side, handles of `Engine` replicas on the other."""
 
+import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any, cast
@@ -11,6 +13,7 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.schema import ApplicationStatus
 
 from raymoe import env
 from raymoe.config import ServeConfig, parse_config
@@ -22,6 +25,7 @@ from raymoe.serving.openai_api import ApiError, overloaded, unavailable
 from raymoe.serving.routes import create_api
 
 _STATUS_TIMEOUT_S = 5.0
+_LOOK_UP_S = 1.0
 
 
 @serve.deployment(name="Gateway")
@@ -81,6 +85,8 @@ class HandleClient:
         self._handle = handle
         self._generate = handle.options(method_name="generate", stream=True)
         self._has_started = False
+        self._looked_up_s = 0.0
+        self._is_ending = False
 
     async def generate(
         self, prompt_ids: list[int], params: dict[str, Any], in_steps: bool, up_to: bool
@@ -100,6 +106,7 @@ class HandleClient:
     ) -> AsyncGenerator[Event, None]:
         response = cast(DeploymentResponseGenerator, self._generate.remote(prompt_ids, params, in_steps, up_to))
         try:
+            yield await self._first(response)
             async for event in response:
                 if event.is_engine_dead:
                     raise EngineLost(event.error)
@@ -114,6 +121,29 @@ class HandleClient:
             # of one that no engine has, `cancel` would raise the error that is handled above
             response.cancel()
             raise
+
+    async def _first(self, response: DeploymentResponseGenerator) -> Event:
+        """Waits for an engine, unless none will come: Serve assigns nothing more while it takes an application down."""
+        first = asyncio.ensure_future(anext(response))
+        try:
+            while not (await asyncio.wait([first], timeout=_LOOK_UP_S))[0]:
+                if await self._is_taken_down():
+                    raise unavailable("the server is being taken down")
+            event: Event = first.result()
+        finally:
+            first.cancel()
+        if event.is_engine_dead:
+            raise EngineLost(event.error)
+        return event
+
+    async def _is_taken_down(self) -> bool:
+        # those that wait share the answer
+        if time.monotonic() > self._looked_up_s + _LOOK_UP_S:
+            self._looked_up_s = time.monotonic()
+            applications = (await asyncio.to_thread(serve.status)).applications
+            found = applications.get(serve.get_replica_context().app_name)
+            self._is_ending = found is None or found.status == ApplicationStatus.DELETING
+        return self._is_ending
 
     async def _wait_not_for_the_first(self) -> None:
         """An engine that died will be replaced soon; one that never was may take as long as its model is large."""

@@ -116,11 +116,25 @@ def test_a_user_may_want_an_error_instead(client, url):
 
 
 def test_answers_that_have_begun_are_ended_when_the_application_is_taken_down(client, url):
+    """And what still waits for an engine is told so at once."""
     truth = client.completions.create(**ASKED).choices[0].text
     stream = client.completions.create(**ASKED, stream=True)
     text = next(iter(stream)).choices[0].text
-    with ThreadPoolExecutor(1) as pool:
+
+    def ask(_: int) -> str:
+        try:
+            return client.completions.create(**ASKED).choices[0].text
+        except openai.APIStatusError as error:
+            return error.response.text
+
+    with ThreadPoolExecutor(16) as pool:
+        asking = [pool.submit(ask, row) for row in range(10)]
+        # each takes longer, and two engines have two at a time
+        time.sleep(0.3)
         gone = pool.submit(serve.delete, "raymoe")
         text += "".join(part.choices[0].text for part in stream)
+        answers = [one.result(timeout=PATIENCE_S) for one in asking]
         gone.result(timeout=PATIENCE_S)
     assert text == truth
+    assert all("the server is being taken down" in answer for answer in answers if answer != truth), answers
+    assert any(answer != truth for answer in answers)
