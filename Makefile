@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WHEEL := build/wheel
 
-.PHONY: demo test lint test-slow soak bench lock clean
+.PHONY: demo test lint test-slow soak bench lock proto clean
 
 demo: $(VENV)/.installed
 	$(BIN)/raymoe demo
@@ -52,6 +52,12 @@ lock:
 	build/lock/bin/pip install --quiet --editable .[dev]
 	(echo "# Pins for Python 3.11 to 3.13, used as constraints: make lock writes this file."; \
 	 build/lock/bin/pip freeze --all --exclude raymoe | sed 's/+cpu$$//') > requirements.lock
+
+# the Python of the gRPC interface; the versions are those of requirements.lock
+proto:
+	rm -rf build/proto && $(PYTHON) -m venv build/proto
+	build/proto/bin/pip install --quiet grpcio-tools==$(shell sed -n 's/^grpcio==//p' requirements.lock) --constraint requirements.lock
+	build/proto/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. raymoe/serving/generation.proto
 
 clean:
 	rm -rf build dist runs $(VENV)

@@ -1,9 +1,9 @@
 """What `raymoe serve` and a Serve deployment may be told."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from raymoe.config.base import Strict
 from raymoe.config.expert_hosts import ExpertHostsConfig
@@ -11,6 +11,8 @@ from raymoe.config.memory import parse_memory
 from raymoe.config.precision import Precision
 
 Dtype = Literal["float32", "bfloat16", "float64"]
+
+KeyHash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 class ServeConfig(Strict):
@@ -28,6 +30,8 @@ class ServeConfig(Strict):
     or `int4:32`, with the size of a group that shares a scale (32, 64, 128)."""
     engines: int = Field(default=1, ge=1)
     """`Engine` replicas."""
+    on_engine_death: Literal["continue", "fail"] = "continue"
+    """Of an answer that had begun: another engine goes on with it, or it ends with an error. Others begin again in both cases."""
     max_batch_tokens: int = Field(default=512, ge=16)
     """Tokens a forward pass may hold, prompts included."""
     kv_tokens: int = Field(default=16384, ge=256)
@@ -38,6 +42,18 @@ class ServeConfig(Strict):
     """Most tokens one answer may have."""
     max_prompt_tokens: int = Field(default=4096, ge=1)
     """Longest prompt that is taken."""
+    max_choices: int = Field(default=8, ge=1)
+    """Most choices one request may ask for: `n` times its prompts. Each is a request of its own to the engines."""
+    max_body_bytes: int = Field(default=8 << 20, ge=1)
+    """Longest body of a request."""
+    deadline_s: float = Field(default=600, gt=0)
+    """Seconds after which a request is given up, waiting included; one may ask for less."""
+    drain_s: float = Field(default=30, ge=0)
+    """Seconds that what is taken down goes on with the answers it has begun."""
+    api_keys: tuple[KeyHash, ...] = ()
+    """SHA-256, in hexadecimal, of each key that clients may send as `Authorization: Bearer KEY`; none: nobody is asked for one."""
+    admin_keys: tuple[KeyHash, ...] = ()
+    """The same of keys that may change budgets too. Where there are keys but none of these, nobody may over HTTP."""
     max_batch_requests: int = Field(default=256, ge=1)
     """Requests a forward pass may hold; when more are active, those share one that want the same experts."""
     max_wait_steps: int = Field(default=16, ge=1)
@@ -64,7 +80,7 @@ class ServeConfig(Strict):
     max_ongoing_requests: int = Field(default=256, ge=1)
     """Requests a replica works on at once; further ones wait in the queue."""
     max_queued_requests: int = Field(default=512, ge=1)
-    """Requests that may wait; further ones are answered 503."""
+    """Requests that may wait; further ones are answered 429."""
     num_cpus: float = Field(default=1, gt=0)
     """CPUs an `Engine` reserves; it computes with as many threads."""
     num_gpus: float = Field(default=0, ge=0)
@@ -72,9 +88,13 @@ class ServeConfig(Strict):
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of the `Engine` processes, e.g. RAYMOE_KERNELS."""
     host: str = "127.0.0.1"
-    """Address the HTTP proxy binds to (`raymoe serve`; with `serve run` and YAML it is Serve's own `http_options`)."""
+    """Address the HTTP proxy binds to. With `serve run` and YAML Serve binds by its own `http_options`, which leave the choice to
+    it: all interfaces in YAML. What arrives at another address than this one and the loopback is refused; 0.0.0.0 takes all."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port of the HTTP proxy."""
+    grpc_port: int | None = Field(default=None, ge=1, le=65535)
+    """Port of the gRPC proxy, which listens at all addresses and answers as `host` says; none: there is no gRPC. With `serve run`
+    and YAML it is Serve's own `grpc_options`."""
 
     @field_validator("model")
     @classmethod

@@ -128,6 +128,13 @@ class Batcher:
         """Forward passes so far."""
         return getattr(self._manager, "current_batch", 0)
 
+    @property
+    def pages_held(self) -> int:
+        """Pages of the KV cache in the tables of requests; one that is shared counts for each. 0 when nobody holds any."""
+        tables = (allocator.block_table for allocator in self._kv_cache.cache_allocators.values())
+        # the copy: the generation thread adds and removes requests
+        return sum(len(pages) for table in tables for pages in list(table.values()))
+
     def paused(self) -> AbstractContextManager[None]:
         """No step is computed in its body. Not for the generation thread itself."""
         return self._manager.pause()

@@ -188,6 +188,11 @@ class ExpertCache:
         with self._changed:
             return [expert for expert in experts if (layer, expert) not in self._slot]
 
+    def unready(self, layer: int, experts: Iterable[int]) -> list[int]:
+        """Those of `experts` that whoever asked for now would have to wait for."""
+        with self._changed:
+            return [expert for expert in experts if (layer, expert) not in self._ready]
+
     def expect(self, layer: int, probability: Mapping[int, float]) -> None:
         """Tells the eviction policy what is predicted of the layer's next visit."""
         with self._changed:

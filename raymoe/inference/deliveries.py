@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from raymoe.inference.meter import Meter
-from raymoe.inference.requests import Delta, EngineError, FinishReason, TokenLogprobs
+from raymoe.inference.requests import Delta, EngineError, FinishReason, TokenLogprobs, TokenRoute
 from raymoe.inference.text import StopWatch
 
 logger = logging.getLogger("raymoe.inference")
@@ -40,13 +40,16 @@ class Deliveries:
         cancel: Callable[[str], None],
         ended: Callable[[str], None],
         stood_in: Callable[[str], int] | None = None,
+        route: Callable[[str, int], TokenRoute | None] = lambda *_: None,
     ):
         """`cancel`: makes the generation thread drop a request before its next step; `ended`: told of each that is over, from any
-        thread; `stood_in`: what the last delta of a request says, see `Delta`."""
+        thread; `stood_in`: what the last delta of a request says, see `Delta`; `route`: of the token that a step gave a request.
+        """
         self._meter = meter
         self._cancel = cancel
         self._ended = ended
         self._stood_in = stood_in
+        self._route = route
         self._lock = threading.Lock()
         self._requests: dict[str, Request] = {}
         self._finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
@@ -137,7 +140,16 @@ class Deliveries:
                 self._cancel(output.request_id)
             reason = "stop"
         request.num_sent += len(new)
-        return Delta(new, reason, output.error, stop_string, logprobs[: len(new)] if logprobs is not None else None)
+        # a step gives one token
+        route = self._route(output.request_id, new[-1]) if new else None
+        return Delta(
+            new,
+            reason,
+            output.error,
+            stop_string,
+            logprobs=logprobs[: len(new)] if logprobs is not None else None,
+            routes=None if route is None else [route],
+        )
 
     def _close(self, request_id: str, reason: FinishReason) -> Request | None:
         with self._lock:

@@ -26,6 +26,7 @@ from raymoe.inference.policies import DEFAULT_POLICY, policy_by_name
 from raymoe.inference.predictors import predictors_by_name
 from raymoe.inference.remote import HostTier, NodeTier, RemoteExperts
 from raymoe.inference.requests import Delta, EngineError, SamplingParams
+from raymoe.inference.route_watch import RouteWatch
 from raymoe.inference.routes import LastPaths
 from raymoe.inference.scheduler import GroupingOptions
 from raymoe.inference.sending import Sending
@@ -148,8 +149,10 @@ class InferenceEngine:
             if remote is None or node is None:
                 raise ValueError("on_miss: 'send' needs hosts that hold experts; set expert_hosts, or on_miss: wait")
             self._sending = Sending(remote, node, self.cache, form.expert_bytes, len(layers))
-        self._standing_in = StandingIn(loaded, self.cache) if on_miss == "compressed" else None
-        attach_runtime(loaded, CachedExperts(self.cache, form, self._note_routes, self._sending))
+        self._route_watch = RouteWatch(self.cache, len(layers))
+        self._standing_in = StandingIn(loaded, self.cache, self._route_watch) if on_miss == "compressed" else None
+        self._experts = CachedExperts(self.cache, form, self._note_routes, self._sending, self._route_watch)
+        attach_runtime(loaded, self._experts)
         warm_up_layers(layers, getattr(torch, dtype), torch.device(device), is_training=False)
         self._stop_ids = end_tokens(loaded.generation_config.eos_token_id, self._config.eos_token_id)
         self._facts = {
@@ -170,7 +173,8 @@ class InferenceEngine:
         self._deliveries = Deliveries(
             self._meter,
             cancel=lambda request_id: self._batcher.cancel(request_id),
-            ended=self._foresight.ended,
+            ended=self._ended,
+            route=self._route_watch.route,
             stood_in=None if self._standing_in is None else self._standing_in.taken,
         )
         self._batcher = Batcher(
@@ -225,6 +229,8 @@ class InferenceEngine:
         with self._admitting:
             self._check_length(prompt_ids, params)
             self._deliveries.add(request_id, request, len(prompt_ids))
+            if params.routes:
+                self._route_watch.add(request_id)
         if not self._batcher.add(request_id, prompt_ids, params, stop_ids):
             self._deliveries.finish(request_id, "error", "the engine is ending and takes no more requests")
         return request_id
@@ -319,6 +325,7 @@ class InferenceEngine:
             "kv_tokens": self._batcher.kv_budget.tokens,
             "eviction": self._eviction,
             "kv_bytes": self._batcher.kv_budget.bytes,
+            "kv_pages_held": self._batcher.pages_held,
             "is_alive": self.is_alive,
             "uptime_s": round(time.monotonic() - self._started_s, 3),
             **self._deliveries.counters(),
@@ -342,6 +349,10 @@ class InferenceEngine:
         """Hits, misses, fetched bytes and resident experts a second, oldest first, for a plot."""
         return [{**asdict(window), "hit_rate": window.hit_rate} for window in self.cache.history()]
 
+    def expert_load(self) -> list[list[int]]:
+        """Rows that the experts of each MoE layer have computed so far, prompts included."""
+        return [layer.tolist() for layer in self._experts.load]
+
     @property
     def is_alive(self) -> bool:
         return self._deliveries.death is None and self._batcher.is_alive
@@ -361,9 +372,14 @@ class InferenceEngine:
     def _step_begins(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows = self._batcher.scheduler.rows
         self._threads.begin(len(rows))
+        self._route_watch.step_begins(rows)
         if self._standing_in is not None:
             self._standing_in.names = rows
         self._foresight.step_begins(kwargs["input_ids"][0, : len(rows)], rows)
+
+    def _ended(self, request_id: str) -> None:
+        self._foresight.ended(request_id)
+        self._route_watch.forget(request_id)
 
     def _note_routes(self, layer: int, hidden: Tensor, expert_index: Tensor, wanted: list[int]) -> None:
         scheduler = self._batcher.scheduler

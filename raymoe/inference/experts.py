@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from raymoe.inference.cache import ExpertCache
 from raymoe.inference.expert_form import ExpertForm
+from raymoe.inference.route_watch import RouteWatch
 from raymoe.inference.sending import Sending
 from raymoe.kernels import Plan, combine, expert_rows, plan
 from raymoe.models import MoELayer
@@ -29,6 +31,7 @@ class CachedExperts:
         form: ExpertForm,
         routed: Callable[[int, Tensor, Tensor, list[int]], None] | None = None,
         sending: Sending | None = None,
+        watch: RouteWatch | None = None,
     ):
         """
         Args:
@@ -36,10 +39,14 @@ class CachedExperts:
             routed: told of each layer's choices while experts are fetched, before they are computed: (layer, hidden [T, H],
                 expert_index [T, K], the distinct experts in it).
             sending: has hosts compute the rows of experts that are missing, where it finds that cheaper.
+            watch: told of the choices of requests that ask for them.
         """
+        self.load = [torch.zeros(count, dtype=torch.int64, device=cache.pool.device) for count in form.num_experts]
+        """Rows that each layer's experts have computed so far."""
         self._cache = cache
         self._routed = routed
         self._sending = sending
+        self._watch = watch
         self._weights = form.weights(cache.pool)
 
     def __call__(
@@ -51,7 +58,12 @@ class CachedExperts:
         """
         routed = plan(expert_index, layer.num_experts)
         # the one host sync of a layer: which experts are wanted decides what is fetched
-        wanted = routed.offsets.diff().nonzero().flatten().tolist()
+        num_rows = routed.offsets.diff()
+        wanted = num_rows.nonzero().flatten().tolist()
+        self.load[layer.index] += num_rows
+        if self._watch is not None:
+            self._watch.before(layer.index, wanted)
+            self._watch.routed(layer.index, expert_index, layer.num_experts)
         rows = hidden.new_empty(expert_index.numel(), hidden.shape[1])
         sending = None if scales else self._sending
         calls = sending.begin(layer.index, hidden, routed, wanted) if sending is not None else []

@@ -26,6 +26,18 @@ class TokenLogprobs(NamedTuple):
     """(token, logprob) of the likeliest tokens, as many as were asked for, likeliest first."""
 
 
+RouteOutcome = Literal["hit", "fetched", "stood_in"]
+"""The expert was in its slot; had to be waited for; or its compressed vectors acted in its place."""
+
+
+class TokenRoute(NamedTuple):
+    """The experts that one generated token came through."""
+
+    token: int
+    layers: list[list[tuple[int, RouteOutcome]]]
+    """Of each MoE layer, (expert, where it came from), in the router's order."""
+
+
 @dataclass(frozen=True)
 class Delta:
     """What a request got since its last delta."""
@@ -41,6 +53,8 @@ class Delta:
     """One for each of `tokens`; None if the request did not ask."""
     stood_in: int | None = None
     """On the last delta under on_miss: compressed: rows of the request that vectors stood in for a missing expert."""
+    routes: list[TokenRoute] | None = None
+    """One for each of `tokens`; None if the request did not ask."""
 
 
 def _fresh_seed() -> int:
@@ -72,6 +86,8 @@ class SamplingParams:
     logprobs: int | None = None
     """Tell the log-probability of each token, and of that many likeliest ones at its place, 0 to 20; None: of none."""
 
+    routes: bool = False
+    """Tell the experts that each token came through."""
     priority: int = 0
     """Higher goes first: before lower ones into a step, and before them from waiting to being read."""
 

@@ -15,6 +15,7 @@ from raymoe.compression.attach import is_compressed, state_of, theta_parameters
 from raymoe.compression.edits import LayerEdit
 from raymoe.compression.split import Split
 from raymoe.inference.cache import ExpertCache
+from raymoe.inference.route_watch import RouteWatch
 
 
 class StandingIn:
@@ -23,13 +24,14 @@ class StandingIn:
     Outputs then depend on what was resident: nobody gets this who has not asked for it.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: ExpertCache):
+    def __init__(self, model: PreTrainedModel, cache: ExpertCache, watch: RouteWatch):
         """
         Raises:
             ValueError: the model has no trained vectors for its experts.
         """
         refuse_untrained(model)
         self._cache = cache
+        self._watch = watch
         self.names: Sequence[str] = ()
         """Of the request that each row of this step belongs to."""
         self.rows = 0
@@ -37,6 +39,7 @@ class StandingIn:
         self.by_rank: Counter[int] = Counter()
         """Of those, by the rank that their expert had."""
         self._by_request: Counter[str] = Counter()
+        self._main_index: Tensor | None = None
         for edit in state_of(model).edits.values():
             edit.absent, edit.demotions = self._absent_of(edit), self._note
 
@@ -58,6 +61,7 @@ class StandingIn:
             gone = self._cache.absent(layer.index, [e for e in wanted if e < layer.num_experts and e not in strongest])
             if not gone:
                 return None
+            self._main_index = parts.main_index
             found = torch.zeros(layer.num_experts, dtype=torch.bool)
             found[gone] = True
             return found.to(parts.main_index.device)
@@ -65,6 +69,8 @@ class StandingIn:
         return absent
 
     def _note(self, is_gone: Tensor) -> None:
+        assert self._main_index is not None, "comes after `absent`, in the same layer"
+        self._watch.stands_in(self._main_index, is_gone)
         token, rank = (x.tolist() for x in is_gone.nonzero(as_tuple=True))
         self.rows += len(rank)
         self.by_rank.update(rank)

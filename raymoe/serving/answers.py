@@ -1,14 +1,17 @@
-"""A request's way through the gateway, without HTTP and without Ray: prompt to tokens, engine, tokens to text."""
+"""A request's way through the gateway, without HTTP and without Ray: prompts to tokens, engines, tokens to text."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from raymoe.config import ServeConfig
-from raymoe.inference.requests import TokenLogprobs
-from raymoe.inference.text import CONTEXT_TOKENS, StopStrings, TextStream, decoder
-from raymoe.serving.logprobs import Likelihood, Likelihoods
-from raymoe.serving.openai_answers import Usage
+from raymoe.inference.text import CONTEXT_TOKENS, TextStream, decoder
+from raymoe.serving.choice import Choice
+from raymoe.serving.deadline import within
+from raymoe.serving.events import EngineClient
+from raymoe.serving.logprobs import Likelihoods
+from raymoe.serving.openai_answers import Piece, Usage
 from raymoe.serving.openai_api import ApiError, ChatRequest, CompletionRequest, unavailable
 
 if TYPE_CHECKING:
@@ -19,115 +22,60 @@ _DEFAULT_COMPLETION_TOKENS = 16
 
 _LONG_PROMPT_CHARS = 20_000
 
-
-class Event(NamedTuple):
-    """What the engine says about a request. The first event accepts it or turns it down."""
-
-    tokens: list[int]
-    """New ones; a stop token is the last of them."""
-    finish_reason: str | None = None
-    """stop, length, cancelled, error, or None while more will come."""
-    refusal: str | None = None
-    """Why the request cannot be served; the client can mend it."""
-    error: str | None = None
-    """Why the engine failed; the client cannot mend it."""
-    stop_string: str | None = None
-    """The stop string that ended it; the last token is then text."""
-    logprobs: list[TokenLogprobs] | None = None
-    """One for each token, if asked for."""
-    stood_in: int | None = None
-    """Of the last event under on_miss: compressed, see `raymoe.inference.Delta`."""
-
-
-class EngineClient(Protocol):
-    """The engines behind the gateway."""
-
-    def generate(self, prompt_ids: list[int], params: dict[str, Any], in_steps: bool) -> AsyncGenerator[Event, None]:
-        """Starts a request, see `Engine.generate`; closing the generator cancels it. Raises: ApiError."""
-        ...
-
-    async def status(self, history: bool = False) -> list[dict[str, Any]]:
-        """`Engine.status` of every engine that answers."""
-        ...
-
-
-class Piece(NamedTuple):
-    text: str
-    finish_reason: str | None
-    """Set on the last piece: stop or length."""
-    likelihoods: list[Likelihood]
-    """Of the tokens that begin in the text, if asked for."""
+T = TypeVar("T")
 
 
 class Answer:
-    """One accepted request: its text, piece by piece, and what it cost. `close` it, whatever happens."""
+    """One accepted request: its choices, and what they cost. `close` it, whatever happens."""
 
-    def __init__(
-        self,
-        events: AsyncGenerator[Event, None],
-        stream: TextStream,
-        stops: tuple[str, ...],
-        prompt_tokens: int,
-        likelihoods: Likelihoods,
-    ):
-        self._events = events
-        self._stream = stream
-        self._stops = StopStrings(stops)
-        self._likelihoods = likelihoods
-        self._num_decoded = 0
-        self._num_sent = 0
-        self.usage = Usage(prompt_tokens)
+    def __init__(self, choices: list[Choice], usage: Usage):
+        self._choices = choices
+        self.usage = usage
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """Raises: ApiError when the engine fails on the way."""
-        async for event in self._events:
-            reason = event.finish_reason
-            if reason in ("error", "cancelled"):
-                raise unavailable(event.error or "the engine ended this request")
-            self.usage.completion_tokens += len(event.tokens)
-            if event.stood_in is not None:
-                self.usage.stood_in_rows = event.stood_in
-            text = self._decode(event)
-            if reason is not None:
-                text += self._stream.finish()
-            ready, is_stopped = self._stops.push(text)
-            if reason is not None and not is_stopped:
-                ready += self._stops.finish()
-            self._num_sent += len(ready)
-            is_whole = reason is not None and not is_stopped
-            likelihoods = self._likelihoods.release(None if is_whole else self._num_sent)
-            if is_stopped or reason is not None:
-                yield Piece(ready, "stop" if is_stopped else reason, likelihoods)
-                return
-            if ready:
-                yield Piece(ready, None, likelihoods)
-        raise unavailable("the engine ended this request without a last token")
+    @property
+    def num_choices(self) -> int:
+        return len(self._choices)
 
-    def _decode(self, event: Event) -> str:
-        is_ended_by_token = event.finish_reason == "stop" and event.stop_string is None
-        tokens = event.tokens[:-1] if is_ended_by_token else event.tokens
-        if event.logprobs is None:
-            return self._stream.push(tokens)
-        text = ""
-        for token, told in zip(tokens, event.logprobs, strict=False):
-            self._likelihoods.add(told, self._num_decoded)
-            new = self._stream.push([token])
-            self._num_decoded += len(new)
-            text += new
-        return text
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
+        """(choice, its next piece) as they come. Raises: ApiError when an engine fails on the way."""
+        if len(self._choices) == 1:
+            async for piece in self._choices[0].pieces():
+                yield 0, piece
+            return
+        inbox: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue(maxsize=len(self._choices))
 
-    async def whole(self) -> Piece:
-        """All of it in one piece. Raises: as `pieces`."""
-        text, reason, likelihoods = "", None, []
-        async for piece in self.pieces():
-            text, reason = text + piece.text, piece.finish_reason
-            likelihoods += piece.likelihoods
-        assert reason is not None, "the last piece has a reason"
-        return Piece(text, reason, likelihoods)
+        async def forward(index: int, pieces: AsyncIterator[Piece]) -> None:
+            try:
+                async for piece in pieces:
+                    await inbox.put((index, piece))
+                await inbox.put(None)
+            except Exception as error:
+                await inbox.put(error)
+
+        tasks = [asyncio.create_task(forward(index, choice.pieces())) for index, choice in enumerate(self._choices)]
+        try:
+            num_open = len(tasks)
+            while num_open:
+                told = await inbox.get()
+                if isinstance(told, Exception):
+                    raise told
+                if told is None:
+                    num_open -= 1
+                else:
+                    yield told
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def whole(self) -> list[Piece]:
+        """Each choice in one piece. Raises: as `pieces`."""
+        return await _all_or_none([choice.whole() for choice in self._choices])
 
     async def close(self) -> None:
-        """Cancels the engine's request if it is not done."""
-        await self._events.aclose()
+        """Cancels what is not done."""
+        for choice in self._choices:
+            await choice.close()
 
 
 class Answering:
@@ -136,12 +84,12 @@ class Answering:
     def __init__(self, config: ServeConfig, tokenizer: "PreTrainedTokenizerBase", engine: EngineClient):
         self.model = config.name or config.model.name
         self.engine = engine
-        self._config = config
+        self.config = config
         self._tokenizer = tokenizer
         self._decode = decoder(tokenizer)
 
     async def start(self, request: CompletionRequest | ChatRequest) -> Answer:
-        """Checks a request and has an engine accept it. Raises: ApiError."""
+        """Checks a request and has engines accept its choices. Raises: ApiError."""
         if request.model != self.model:
             raise ApiError(
                 f"The model '{request.model}' does not exist; this server has '{self.model}'",
@@ -149,15 +97,38 @@ class Answering:
                 param="model",
                 code="model_not_found",
             )
+        self._check_choices(request)
         if isinstance(request, ChatRequest):
             asked_tokens = request.limit
-            prompt_ids = await self._encode(self._chat_text(request), is_chat=True)
+            prompts = [await self._encode(self._chat_text(request), is_chat=True)]
         else:
-            asked_tokens = request.max_tokens or min(_DEFAULT_COMPLETION_TOKENS, self._config.max_tokens)
-            prompt = request.prompt
-            prompt_ids = await self._encode(prompt) if isinstance(prompt, str) else prompt
-        self._check_limits(len(prompt_ids), asked_tokens)
-        events = self.engine.generate(prompt_ids, request.sampling(asked_tokens), bool(request.stream))
+            asked_tokens = request.max_tokens or min(_DEFAULT_COMPLETION_TOKENS, self.config.max_tokens)
+            prompts = [await self._encode(one) if isinstance(one, str) else one for one in request.prompt]
+        for prompt_ids in prompts:
+            self._check_limits(len(prompt_ids), asked_tokens)
+        usage = Usage(sum(map(len, prompts)))
+        seed = secrets.randbits(62) if request.seed is None else request.seed
+        starts = [
+            self._begin(request, index, prompt_ids, asked_tokens, seed + choice, usage)
+            for index, prompt_ids in enumerate(prompts)
+            for choice in range(request.n or 1)
+        ]
+        return Answer(await _all_or_none(starts, undo=Choice.close), usage)
+
+    async def _begin(
+        self,
+        request: CompletionRequest | ChatRequest,
+        index: int,
+        prompt_ids: list[int],
+        asked_tokens: int | None,
+        seed: int,
+        usage: Usage,
+    ) -> Choice:
+        most = self.config.max_tokens if asked_tokens is None else asked_tokens
+        params = request.sampling(most) | {"seed": seed}
+        deadline_s = min(request.deadline_s or self.config.deadline_s, self.config.deadline_s)
+        up_to = asked_tokens is None
+        events = within(self.engine.generate(prompt_ids, params, bool(request.stream), up_to), deadline_s)
         try:
             first = await anext(events)
             if first.refusal is not None:
@@ -168,10 +139,25 @@ class Answering:
             await events.aclose()
             raise
         stream = TextStream(self._decode, context=prompt_ids[-CONTEXT_TOKENS:])
-        return Answer(events, stream, request.stop, len(prompt_ids), Likelihoods(self._tokenizer))
+        echo = ""
+        if isinstance(request, CompletionRequest) and request.echo:
+            prompt = request.prompt[index]
+            echo = prompt if isinstance(prompt, str) else self._decode(prompt)
+        return Choice(events, stream, request.stop, Likelihoods(self._tokenizer), usage, echo)
+
+    def _check_choices(self, request: CompletionRequest | ChatRequest) -> None:
+        num_prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1
+        wanted = num_prompts * (request.n or 1)
+        if wanted > self.config.max_choices:
+            raise ApiError(
+                f"n times the number of prompts is {wanted}; this server gives up to {self.config.max_choices} choices "
+                "a request (max_choices in its configuration)",
+                param="prompt" if num_prompts > 1 else "n",
+                code="invalid_value",
+            )
 
     def _check_limits(self, prompt_tokens: int, asked_tokens: int | None) -> None:
-        limits = self._config
+        limits = self.config
         if prompt_tokens > limits.max_prompt_tokens:
             raise ApiError(
                 f"the prompt has {prompt_tokens} tokens; this server takes up to {limits.max_prompt_tokens} "
@@ -206,3 +192,21 @@ class Answering:
             return self._tokenizer(text, add_special_tokens=not is_chat)["input_ids"]
 
         return await asyncio.to_thread(encode) if len(text) > _LONG_PROMPT_CHARS else encode()
+
+
+async def _all_or_none(
+    work: Sequence[Coroutine[Any, Any, T]], undo: Callable[[T], Awaitable[None]] | None = None
+) -> list[T]:
+    """All results; when one fails the others are cancelled, `undo` is called on what was done, and its error is raised."""
+    if len(work) == 1:
+        return [await work[0]]
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        for done in await asyncio.gather(*tasks, return_exceptions=True):
+            if undo is not None and not isinstance(done, BaseException):
+                await undo(done)
+        raise

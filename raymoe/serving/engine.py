@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -11,8 +12,9 @@ from ray.serve.handle import DeploymentHandle
 from raymoe import env
 from raymoe.config import ServeConfig
 from raymoe.inference import Delta, EngineError, SamplingParams, TokenLogprobs
+from raymoe.inference.requests import TokenRoute
 from raymoe.inference.text import decoder
-from raymoe.serving.answers import Event
+from raymoe.serving.events import Event
 from raymoe.serving.hosts import directory_name
 
 
@@ -38,7 +40,6 @@ class Engine:
             from raymoe.actors.host_client import HostClient
 
             remote = HostClient(directory_name(), timeout_s=config.expert_hosts.timeout_s)
-        self._max_tokens = config.max_tokens
         self._engine = InferenceEngine(
             config.model,
             expert_memory=config.expert_memory,
@@ -61,13 +62,14 @@ class Engine:
         )
 
     async def generate(
-        self, prompt_ids: list[int], params: dict[str, Any], in_steps: bool = True
+        self, prompt_ids: list[int], params: dict[str, Any], in_steps: bool = True, up_to: bool = False
     ) -> AsyncGenerator[Event, None]:
         """Runs one request; closing the generator cancels it.
 
         Args:
-            params: of `SamplingParams`; `max_tokens` None: as many as there is room for, up to the server's limit.
+            params: of `SamplingParams`.
             in_steps: tell of tokens as they come, not only at the end: each telling costs the handle a millisecond.
+            up_to: take less than `max_tokens` where there is not the room for as many.
         """
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[Delta] = asyncio.Queue()
@@ -75,31 +77,43 @@ class Engine:
         def on_delta(delta: Delta) -> None:
             loop.call_soon_threadsafe(inbox.put_nowait, delta)
 
-        if params["max_tokens"] is None:
+        if up_to:
             room = self._engine.room(len(prompt_ids))
-            params = params | {"max_tokens": max(1, min(self._max_tokens, room))}
+            params = params | {"max_tokens": max(1, min(params["max_tokens"], room))}
         try:
             request_id = self._engine.submit(prompt_ids, SamplingParams(**params), on_delta)
         except ValueError as error:
             yield Event([], refusal=str(error))
             return
         except EngineError as error:
-            yield Event([], error=str(error))
+            yield Event([], error=str(error), is_engine_dead=True)
             return
         try:
-            yield Event([])
+            yield Event([], max_tokens=params["max_tokens"])
             tokens: list[int] = []
             logprobs: list[TokenLogprobs] = []
+            routes: list[TokenRoute] = []
             while True:
                 delta = await inbox.get()
                 tokens += delta.tokens
                 logprobs += delta.logprobs or []
+                routes += delta.routes or []
                 is_last = delta.finish_reason is not None
                 # a consumer that is slower than the steps gets several at once
                 if is_last or (in_steps and inbox.empty()):
                     told = None if params.get("logprobs") is None else logprobs
-                    yield Event(tokens, delta.finish_reason, None, delta.error, delta.stop_string, told, delta.stood_in)
-                    tokens, logprobs = [], []
+                    is_dead = delta.finish_reason == "error" and not self._engine.is_alive
+                    yield Event(
+                        tokens,
+                        delta.finish_reason,
+                        error=delta.error,
+                        stop_string=delta.stop_string,
+                        logprobs=told,
+                        stood_in=delta.stood_in,
+                        routes=routes or None,
+                        is_engine_dead=is_dead,
+                    )
+                    tokens, logprobs, routes = [], [], []
                 if is_last:
                     return
         finally:
@@ -123,10 +137,18 @@ class Engine:
         for key in order:
             known[key](user_config[key])
 
+    def set_budgets(self, budgets: dict[str, Any]) -> str | None:
+        """`reconfigure`, for whoever asks over HTTP: why not, or None."""
+        try:
+            self.reconfigure(budgets)
+        except (ValueError, EngineError) as error:
+            return str(error)
+        return None
+
     def status(self, history: bool = False) -> dict[str, Any]:
-        """`InferenceEngine.stats`, with its `history` if asked for."""
-        stats = self._engine.stats()
-        return stats | {"history": self._engine.history()} if history else stats
+        """`InferenceEngine.stats` and the engine's process, with its `history` and `load` if asked for."""
+        stats = self._engine.stats() | {"pid": os.getpid()}
+        return stats | {"history": self._engine.history(), "load": self._engine.expert_load()} if history else stats
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""

@@ -34,8 +34,8 @@ class Likelihoods:
         self._held: list[Likelihood] = []
 
     def add(self, told: TokenLogprobs, offset: int) -> None:
-        top = [(self._text(token), logprob) for token, logprob in told.top]
-        self._held.append(Likelihood(self._text(told.token), told.logprob, top, offset))
+        top = [(self.text_of(token), logprob) for token, logprob in told.top]
+        self._held.append(Likelihood(self.text_of(told.token), told.logprob, top, offset))
 
     def release(self, num_sent: int | None) -> list[Likelihood]:
         """Those that begin within the first `num_sent` characters, which are out; None: all."""
@@ -43,7 +43,8 @@ class Likelihoods:
         self._held = self._held[len(ready) :]
         return ready
 
-    def _text(self, token: int) -> TokenText:
+    def text_of(self, token: int) -> TokenText:
+        """What a token says."""
         piece = cast(str, self._tokenizer.convert_ids_to_tokens(token))
         text = cast(str, self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
         if "\N{REPLACEMENT CHARACTER}" in text:

@@ -1,10 +1,24 @@
 """OpenAI's wire format: the answers we give. Plain data, no server."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from raymoe.inference.requests import TokenRoute
 from raymoe.serving.logprobs import Likelihood, TokenText
+
+
+class Piece(NamedTuple):
+    """What one choice says next, or all that it said."""
+
+    text: str
+    finish_reason: str | None
+    """Set on the last piece: stop or length."""
+    likelihoods: list[Likelihood]
+    """Of the tokens that begin in the text, if asked for."""
+    routes: tuple[tuple[str, TokenRoute], ...] = ()
+    """(text, route) of the tokens computed for it, if asked for; a token's text may wait for the next ones."""
 
 
 @dataclass
@@ -31,40 +45,46 @@ class CompletionAnswer:
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
-    def __init__(self, request_id: str, model: str):
+    def __init__(self, request_id: str, model: str, *, tells_logprobs: bool = False, tells_usage: bool = False):
+        """`tells_usage`: a stream ends with `usage_chunk`; the chunks before it then say that it is not there yet."""
         self._head = {"id": f"{self.prefix}-{request_id}", "created": int(time.time()), "model": model}
+        self._tells_logprobs = tells_logprobs
+        self._no_usage: dict[str, Any] = {"usage": None} if tells_usage else {}
 
-    def opening(self) -> dict[str, Any] | None:
-        """The chunk before the first text, if the endpoint has one."""
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The chunk before the first text of a choice, if the endpoint has one."""
         return None
 
-    def whole(
-        self, text: str, finish_reason: str | None, usage: Usage, likelihoods: list[Likelihood] | None = None
-    ) -> dict[str, Any]:
-        """`likelihoods`: of the answer's tokens; None: nobody asked."""
-        choice = {
-            "index": 0,
-            **self._text(text),
-            "logprobs": None if likelihoods is None else self._logprobs(likelihoods),
-            "finish_reason": finish_reason,
-        }
-        return {**self._head, "object": self.whole_object, "choices": [choice], "usage": usage.as_json()}
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        told = [
+            {
+                "index": index,
+                **self._text(piece.text),
+                "logprobs": self._logprobs(piece.likelihoods) if self._tells_logprobs else None,
+                "finish_reason": piece.finish_reason,
+                **_routes(piece),
+            }
+            for index, piece in enumerate(choices)
+        ]
+        return {**self._head, "object": self.whole_object, "choices": told, "usage": usage.as_json()}
 
-    def chunk(
-        self, text: str, finish_reason: str | None, likelihoods: list[Likelihood] | None = None
-    ) -> dict[str, Any]:
-        return self._chunk(self._delta(text), finish_reason, likelihoods)
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+        return self._chunk(index, self._delta(piece.text), piece)
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         """The last chunk, for those who asked with stream_options.include_usage."""
         return {**self._head, "object": self.chunk_object, "choices": [], "usage": usage.as_json()}
 
-    def _chunk(
-        self, content: dict[str, Any], finish_reason: str | None, likelihoods: list[Likelihood] | None = None
-    ) -> dict[str, Any]:
-        logprobs = self._logprobs(likelihoods) if likelihoods else None
-        choice = {"index": 0, **content, "logprobs": logprobs, "finish_reason": finish_reason}
-        return {**self._head, "object": self.chunk_object, "choices": [choice]}
+    def _chunk(self, index: int, content: dict[str, Any], piece: Piece) -> dict[str, Any]:
+        logprobs = self._logprobs(piece.likelihoods) if piece.likelihoods else None
+        choice = {
+            "index": index,
+            **content,
+            "logprobs": logprobs,
+            "finish_reason": piece.finish_reason,
+            **_routes(piece),
+        }
+        return {**self._head, "object": self.chunk_object, "choices": [choice], **self._no_usage}
 
     def _logprobs(self, likelihoods: list[Likelihood]) -> dict[str, Any]:
         return {
@@ -88,8 +108,8 @@ class ChatAnswer(CompletionAnswer):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def opening(self) -> dict[str, Any]:
-        return self._chunk({"delta": {"role": "assistant", "content": ""}}, None)
+    def opening(self, index: int) -> dict[str, Any]:
+        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, Piece("", None, []))
 
     def _text(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
@@ -103,6 +123,12 @@ class ChatAnswer(CompletionAnswer):
             for one in likelihoods
         ]
         return {"content": content, "refusal": None}
+
+
+def _routes(piece: Piece) -> dict[str, Any]:
+    """Ours, not OpenAI's: `routes`, of each token its text and, layer by layer, [expert, hit | fetched | stood_in]."""
+    told = [{"token": route.token, "text": text, "layers": route.layers} for text, route in piece.routes]
+    return {"routes": told} if told else {}
 
 
 def _entry(token: TokenText, logprob: float) -> dict[str, Any]:

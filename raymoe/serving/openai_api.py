@@ -13,6 +13,11 @@ from raymoe.inference.requests import MAX_LOGPROBS, MAX_PRIORITY
 
 _MAX_STOPS = 4
 
+QUEUE_FULL = 429
+
+_RETRY_QUEUE_S = 1
+_RETRY_ENGINE_S = 5
+
 
 class ApiError(Exception):
     """What a client gets as {"error": {message, type, param, code}}."""
@@ -25,49 +30,83 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         kind: str = "invalid_request_error",
+        headers: dict[str, str] | None = None,
     ):
         super().__init__(message)
         self.status = status
+        self.headers = headers
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def unavailable(message: str) -> ApiError:
     """503: the same request may succeed later."""
-    return ApiError(message, status=503, kind="service_unavailable_error", code="unavailable")
+    headers = {"Retry-After": str(_RETRY_ENGINE_S)}
+    return ApiError(message, status=503, kind="service_unavailable_error", code="unavailable", headers=headers)
+
+
+def overloaded() -> ApiError:
+    """429: there is no place in the queue right now."""
+    return ApiError(
+        "too many requests are waiting for an engine; try again later",
+        status=QUEUE_FULL,
+        kind="rate_limit_error",
+        code="queue_full",
+        headers={"Retry-After": str(_RETRY_QUEUE_S)},
+    )
+
+
+def too_late(deadline_s: float) -> ApiError:
+    """504: the request's time is over."""
+    message = f"the request took longer than its deadline of {deadline_s:g} s"
+    return ApiError(message, status=504, param="deadline_s", code="deadline_exceeded", kind="timeout_error")
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
-def _prompt(value: Any) -> str | list[int]:
-    prompt = value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list) else value
-    if isinstance(prompt, str) and prompt:
-        return prompt
-    if isinstance(prompt, list) and prompt and all(type(token) is int and token >= 0 for token in prompt):
-        return prompt
-    if isinstance(value, list) and len(value) > 1 and all(isinstance(one, str | list) for one in value):
-        raise ValueError(f"raymoe takes one prompt a request, got {len(value)}; send each on its own")
-    raise ValueError("give one text that is not empty, or its token ids")
+def _text(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        # "\ud800" alone is valid JSON, and no text; pydantic refuses it where it validates itself
+        raise ValueError("half of a surrogate pair is no character") from None
+    return value
+
+
+def _prompts(value: Any) -> tuple[str | list[int], ...]:
+    prompts = value if isinstance(value, list) and value and isinstance(value[0], str | list) else [value]
+    for prompt in prompts:
+        is_text = isinstance(prompt, str) and prompt != ""
+        if not is_text and not (isinstance(prompt, list) and prompt and all(map(_is_token, prompt))):
+            raise ValueError("give a text that is not empty or its token ids, or a list of these")
+    return tuple(_text(prompt) if isinstance(prompt, str) else prompt for prompt in prompts)
+
+
+Prompts = str | list[int] | list[str] | list[list[int]]
+
+
+def _is_token(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
 
 
 def _stops(value: Any) -> tuple[str, ...]:
     stops = value if isinstance(value, list) else [value]
     if len(stops) > _MAX_STOPS or not all(isinstance(stop, str) and stop for stop in stops):
         raise ValueError(f"give one text or a list of up to {_MAX_STOPS}, none of them empty")
-    return tuple(stops)
+    return tuple(map(_text, stops))
 
 
 def _content(value: Any) -> str:
     if isinstance(value, str):
-        return value
+        return _text(value)
     if not isinstance(value, list) or not value:
         raise ValueError("give a text, or a list of parts {'type': 'text', 'text': ...}")
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else part
             raise ValueError(f"raymoe takes parts {{'type': 'text', 'text': ...}} only, got {kind!r}")
-    return "".join(part["text"] for part in value)
+    return _text("".join(part["text"] for part in value))
 
 
 class StreamOptions(_Part):
@@ -84,6 +123,9 @@ class _Request(_Part):
         "presence_penalty": (0,),
         "frequency_penalty": (0,),
         "logit_bias": ({},),
+        "metadata": ({},),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
     }
 
     model: str
@@ -94,12 +136,19 @@ class _Request(_Part):
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     """Not OpenAI's: higher goes first, 0 if left out."""
+    routes: bool | None = None
+    """Not OpenAI's: tell with each choice which experts its tokens came through."""
+    deadline_s: Annotated[float, Field(gt=0)] | None = None
+    """Not OpenAI's: seconds after which the answer is of no use; the server's own deadline holds as well."""
     stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    """Choices for each prompt; choice i is drawn with `seed` + i."""
     user: str | None = None
-    """Accepted and not used."""
+    """Accepted and not used, as are the next two."""
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -126,8 +175,8 @@ class _Request(_Part):
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self, max_tokens: int | None) -> dict[str, Any]:
-        """Keyword arguments of `raymoe.inference.SamplingParams`; no `max_tokens`: what there is room for."""
+    def sampling(self, max_tokens: int) -> dict[str, Any]:
+        """Keyword arguments of `raymoe.inference.SamplingParams`."""
         asked = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -136,23 +185,35 @@ class _Request(_Part):
             "priority": self.priority,
             "stop": self.stop or None,
             "logprobs": self.num_logprobs,
+            "routes": self.routes or None,
         }
         return {"max_tokens": max_tokens, **{name: value for name, value in asked.items() if value is not None}}
 
 
 class CompletionRequest(_Request):
-    """POST /v1/completions. One prompt a request: a string, or its token ids."""
+    """POST /v1/completions. A prompt is a string or its token ids; a list of prompts has n choices for each, in their order."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = _Request.neutral | {
-        "echo": (False,),
         "best_of": (1,),
         "suffix": ("",),
     }
 
-    prompt: Annotated[str | list[int], PlainValidator(_prompt)]
+    prompt: Annotated[tuple[str | list[int], ...], PlainValidator(_prompts, json_schema_input_type=Prompts)]
+    echo: bool = False
+    """Each choice begins with its prompt."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """How many of the likeliest tokens to tell at each place, beside the one that was drawn."""
+
+    @model_validator(mode="after")
+    def _echo_is_text(self) -> "CompletionRequest":
+        if self.echo and self.logprobs is not None:
+            raise ApiError(
+                "'echo' together with 'logprobs' is not supported by raymoe yet: it tells none of a prompt's tokens",
+                param="echo",
+                code="unsupported",
+            )
+        return self
 
     @property
     def num_logprobs(self) -> int | None:
@@ -180,7 +241,6 @@ class ChatRequest(_Request):
         "audio": (),
         "prediction": (),
         "web_search_options": (),
-        "store": (False,),
     }
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -212,7 +272,15 @@ class ChatRequest(_Request):
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
 
-RequestT = TypeVar("RequestT", bound=_Request)
+class Budgets(_Part):
+    """POST /v1/raymoe/budgets: ours. What is left out stays as it is."""
+
+    expert_memory: str | Annotated[int, Field(ge=1)] | None = None
+    """As in the configuration: "25%", "512MiB", or bytes."""
+    kv_tokens: Annotated[int, Field(ge=1)] | None = None
+
+
+RequestT = TypeVar("RequestT", bound=_Part)
 
 
 def parse_request(cls: type[RequestT], body: bytes) -> RequestT:
@@ -222,11 +290,16 @@ def parse_request(cls: type[RequestT], body: bytes) -> RequestT:
         ApiError: 400, with the argument's name in `param`.
     """
     try:
-        values = json.loads(body, parse_constant=_refuse_constant)
+        values = json.loads(body.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ApiError(f"the request body is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ApiError("the request body must be a JSON object")
+    return check_request(cls, values)
+
+
+def check_request(cls: type[RequestT], values: dict[str, Any]) -> RequestT:
+    """Checks a request's arguments. Raises: ApiError: 400, with the argument's name in `param`."""
     try:
         return cls.model_validate(values)
     except ValidationError as error:
@@ -247,10 +320,6 @@ def _describe(error: ValidationError) -> ApiError:
     name = _path(item["loc"][:1])
     if item["type"] == "missing" and len(item["loc"]) == 1:
         return ApiError(f"you must provide a {name} parameter", param=name, code="missing_required_parameter")
-    if name == "n":
-        return ApiError(
-            "'n' must be 1: raymoe gives one choice a request; send the request n times", param="n", code="unsupported"
-        )
     path, message = _path(item["loc"]), item["msg"].removeprefix("Value error, ")
     return ApiError(f"Invalid value for '{path}': {message}", param=path, code="invalid_value")
 

@@ -3,25 +3,31 @@
 import json
 import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from raymoe.serving.answers import Answer, Answering
-from raymoe.serving.openai_answers import ChatAnswer, CompletionAnswer
-from raymoe.serving.openai_api import ApiError, ChatRequest, CompletionRequest, parse_request
+from raymoe.serving.guard import PAGE_FILES, Guard
+from raymoe.serving.openai_answers import ChatAnswer, CompletionAnswer, Piece
+from raymoe.serving.openai_api import ApiError, Budgets, ChatRequest, CompletionRequest, parse_request
 
-MAX_BODY_BYTES = 8 << 20
+_PAGE = Path(__file__).parent / "page"
 
 logger = logging.getLogger("raymoe.serving")
 
 
 def create_api(answering: Answering) -> FastAPI:
     """The ASGI application; what it does is in `Answering`."""
-    api = FastAPI(title="raymoe", description="OpenAI's API over a Mixture-of-Experts model", redoc_url=None)
+    # FastAPI's own pages about the API load their scripts from elsewhere
+    about = "OpenAI's API over a Mixture-of-Experts model"
+    api = FastAPI(title="raymoe", description=about, docs_url=None, redoc_url=None)
+    api.add_middleware(Guard, answering=answering)
     api.exception_handler(ApiError)(_api_error)
     api.exception_handler(HTTPException)(_http_error)
     api.exception_handler(Exception)(_internal_error)
@@ -29,12 +35,12 @@ def create_api(answering: Answering) -> FastAPI:
 
     @api.post("/v1/completions", openapi_extra=_body(CompletionRequest))
     async def completions(request: Request) -> Response:
-        asked = parse_request(CompletionRequest, await _read_body(request))
+        asked = parse_request(CompletionRequest, await _read_body(request, answering.config.max_body_bytes))
         return await _respond(answering, asked, CompletionAnswer)
 
     @api.post("/v1/chat/completions", openapi_extra=_body(ChatRequest))
     async def chat_completions(request: Request) -> Response:
-        asked = parse_request(ChatRequest, await _read_body(request))
+        asked = parse_request(ChatRequest, await _read_body(request, answering.config.max_body_bytes))
         return await _respond(answering, asked, ChatAnswer)
 
     @api.get("/v1/models")
@@ -56,10 +62,27 @@ def create_api(answering: Answering) -> FastAPI:
             {"status": "ok" if is_ok else "unavailable", "engines": alive}, status_code=200 if is_ok else 503
         )
 
+    @api.post("/v1/raymoe/budgets", openapi_extra=_body(Budgets))
+    async def budgets(request: Request) -> dict[str, Any]:
+        """Changes the budgets of all engines that run now; one that is started later has those of the configuration."""
+        asked = parse_request(Budgets, await _read_body(request, answering.config.max_body_bytes))
+        await answering.engine.set_budgets(asked.model_dump(exclude_none=True))
+        return {"model": answering.model, "engines": await answering.engine.status()}
+
+    for path, (file, media_type) in PAGE_FILES.items():
+        api.add_api_route(path, _file(file, media_type), include_in_schema=False)
+
     @api.get("/v1/raymoe/status")
     async def status(history: bool = False) -> dict[str, Any]:
         """Every engine's facts and counters; `history=true` adds the cache's seconds, for a plot."""
         return {"model": answering.model, "engines": await answering.engine.status(history=history)}
+
+    @api.get("/metrics")
+    async def metrics() -> Response:
+        """Where the metrics are: a scraper that is pointed here finds none, and its reader finds out why."""
+        endpoints = answering.engine.metrics_endpoints()
+        lines = ["# raymoe's metrics (raymoe_serve_*) are exported by Ray, at one address a node:", *endpoints]
+        return PlainTextResponse("\n# ".join(lines) + "\n")
 
     return api
 
@@ -68,7 +91,12 @@ async def _respond(
     answering: Answering, asked: CompletionRequest | ChatRequest, kind: type[CompletionAnswer]
 ) -> Response:
     answer = await answering.start(asked)
-    form = kind(uuid.uuid4().hex, answering.model)
+    form = kind(
+        uuid.uuid4().hex,
+        answering.model,
+        tells_logprobs=asked.num_logprobs is not None,
+        tells_usage=asked.wants_usage,
+    )
     if asked.stream:
         return StreamingResponse(
             _stream(answer, form, asked.wants_usage),
@@ -77,23 +105,24 @@ async def _respond(
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
     try:
-        piece = await answer.whole()
+        choices = await answer.whole()
     finally:
         await answer.close()
-    likelihoods = None if asked.num_logprobs is None else piece.likelihoods
-    return JSONResponse(form.whole(piece.text, piece.finish_reason, answer.usage, likelihoods))
+    return JSONResponse(form.whole(choices, answer.usage))
 
 
 async def _stream(answer: Answer, form: CompletionAnswer, wants_usage: bool) -> AsyncIterator[str]:
     try:
-        opening = form.opening()
-        if opening is not None:
-            yield _event(opening)
-        async for piece in answer.pieces():
-            if piece.text or piece.likelihoods:
-                yield _event(form.chunk(piece.text, None, piece.likelihoods))
-            if piece.finish_reason is not None:
-                yield _event(form.chunk("", piece.finish_reason))
+        for index in range(answer.num_choices):
+            opening = form.opening(index)
+            if opening is not None:
+                yield _event(opening)
+        async with aclosing(answer.pieces()) as pieces:
+            async for index, piece in pieces:
+                if piece.text or piece.likelihoods or piece.routes:
+                    yield _event(form.chunk(index, piece._replace(finish_reason=None)))
+                if piece.finish_reason is not None:
+                    yield _event(form.chunk(index, Piece("", piece.finish_reason, [])))
         if wants_usage:
             yield _event(form.usage_chunk(answer.usage))
     except ApiError as error:
@@ -108,22 +137,36 @@ def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
-async def _read_body(request: Request) -> bytes:
+def _file(name: str, media_type: str) -> Callable[[], Awaitable[Response]]:
+    text = (_PAGE / name).read_text(encoding="utf-8")
+    # nothing from elsewhere, and no script but the page's own
+    headers = {
+        "Content-Security-Policy": "default-src 'self'; img-src data:; frame-ancestors 'none'",
+        "X-Content-Type-Options": "nosniff",
+    }
+
+    async def answer() -> Response:
+        return Response(text, media_type=media_type, headers=headers)
+
+    return answer
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
     body = bytearray()
     async for part in request.stream():
         body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise ApiError(f"the request body is larger than {MAX_BODY_BYTES} bytes", status=413)
+        if len(body) > max_bytes:
+            raise ApiError(f"the request body is larger than {max_bytes} bytes (max_body_bytes)", status=413)
     return bytes(body)
 
 
-def _body(schema: type[CompletionRequest | ChatRequest]) -> dict[str, Any]:
+def _body(schema: type[CompletionRequest | ChatRequest | Budgets]) -> dict[str, Any]:
     content = {"application/json": {"schema": schema.model_json_schema(mode="serialization")}}
     return {"requestBody": {"required": True, "content": content}}
 
 
 async def _api_error(request: Request, error: ApiError) -> Response:
-    return JSONResponse(error.body, status_code=error.status)
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:

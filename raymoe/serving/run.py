@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import ray
 from ray import serve
@@ -19,6 +20,7 @@ from raymoe.actors.session import ray_session
 from raymoe.config import ServeConfig
 from raymoe.errors import RunFailed
 from raymoe.serving.app import build_app
+from raymoe.serving.grpc_service import SERVICERS
 
 _HEALTH_TIMEOUT_S = 60.0
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
@@ -37,6 +39,8 @@ def serving(config: ServeConfig, *, app_name: str = "raymoe") -> Iterator[str]:
         RunFailed: the address is taken, the application did not start, or the cluster serves something already.
     """
     port = _claim_port(config.host, config.port)
+    if config.grpc_port is not None:
+        _claim_port("0.0.0.0", config.grpc_port)
     with _session(config), _quiet_driver():
         if serve.status().proxies:
             raise RunFailed(
@@ -47,14 +51,23 @@ def serving(config: ServeConfig, *, app_name: str = "raymoe") -> Iterator[str]:
             serve.start(
                 proxy_location="HeadOnly",
                 http_options={"host": config.host, "port": port},
+                grpc_options=_grpc_options(config.grpc_port),
                 logging_config=_QUIET,
             )
             _deploy(config, app_name)
             url = _url(config.host, port)
             _wait_healthy(url)
-            yield url
+            try:
+                yield url
+            finally:
+                # what clients wait for is answered before the proxy goes
+                serve.delete(app_name)
         finally:
             serve.shutdown()
+
+
+def _grpc_options(port: int | None) -> dict[str, Any] | None:
+    return None if port is None else {"port": port, "grpc_servicer_functions": list(SERVICERS)}
 
 
 def _session(config: ServeConfig) -> AbstractContextManager:
@@ -106,7 +119,7 @@ def _claim_port(host: str, port: int) -> int:
             probe.bind((host, port))
         except OSError as error:
             raise RunFailed(
-                f"cannot listen on {host}:{port} ({error.strerror}); set host and port, or port=0 for any free one"
+                f"cannot listen on {host}:{port} ({error.strerror}); set host and port (or grpc_port), or port=0 for any free one"
             ) from None
         return probe.getsockname()[1]
 

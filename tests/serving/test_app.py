@@ -2,8 +2,12 @@
 
 import asyncio
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import grpc
 import httpx
 import openai
 import pytest
@@ -16,7 +20,9 @@ from transformers import AutoModelForCausalLM
 from raymoe.config import ServeConfig
 from raymoe.errors import RunFailed
 from raymoe.serving import build_app, serving
+from raymoe.serving import generation_pb2 as pb
 from raymoe.serving.engine import Engine
+from raymoe.serving.generation_pb2_grpc import GenerationStub
 
 PROMPTS = ["def double(x):", "return", "caf\u00e9", "x + x", "\u4f60\u597d", "(x", "Gr", "def"]
 
@@ -28,10 +34,21 @@ def cluster():
     ray.shutdown()
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def config(model_path) -> ServeConfig:
     return ServeConfig(
-        model=model_path, expert_memory="50%", max_batch_tokens=64, kv_tokens=2048, max_tokens=200, port=0
+        model=model_path,
+        expert_memory="50%",
+        max_batch_tokens=64,
+        kv_tokens=2048,
+        max_tokens=200,
+        port=0,
+        grpc_port=free_port(),
     )
 
 
@@ -67,7 +84,7 @@ def status(url: str) -> dict:
 
 def wait_until_idle(url: str, timeout_s: float = 10.0) -> dict:
     deadline_s = time.monotonic() + timeout_s
-    while (found := status(url))["requests_running"]:
+    while (found := status(url))["requests_running"] or found["kv_pages_held"]:
         assert time.monotonic() < deadline_s, "the engine still works on a request that nobody waits for"
         time.sleep(0.05)
     return found
@@ -95,7 +112,7 @@ def test_what_cannot_start_says_why_and_leaves_nothing(cluster, config):
 
 
 def test_one_cluster_serves_once(url, config):
-    with pytest.raises(RunFailed, match="runs Serve already"), serving(config):
+    with pytest.raises(RunFailed, match="runs Serve already"), serving(config.model_copy(update={"grpc_port": None})):
         pass
 
 
@@ -150,8 +167,8 @@ def test_eight_at_once_get_the_same_as_alone(url, greedy_text):
 
 
 def test_bad_requests_are_openais_errors(client):
-    with pytest.raises(openai.BadRequestError, match="'n' must be 1") as error:
-        client.completions.create(model="tiny", prompt="x", n=2)
+    with pytest.raises(openai.BadRequestError, match="gives up to 8 choices") as error:
+        client.completions.create(model="tiny", prompt="x", n=9)
     assert error.value.param == "n"
     with pytest.raises(openai.BadRequestError, match="Unrecognized request argument supplied: foo"):
         client.completions.create(model="tiny", prompt="x", extra_body={"foo": 1})
@@ -186,6 +203,11 @@ def test_clients_that_do_not_wait_free_their_requests(url):
     assert wait_until_idle(url)["requests_cancelled"] == cancelled + 4
 
 
+def test_metrics_are_where_the_pointer_says(url):
+    address = httpx.get(f"{url}/metrics").text.splitlines()[-1].removeprefix("# ")
+    assert "ray_" in httpx.get(address).text
+
+
 def test_health_and_status(url, config):
     assert httpx.get(f"{url}/health").json() == {"status": "ok", "engines": 1}
     found = status(url)
@@ -196,6 +218,82 @@ def test_health_and_status(url, config):
     assert found["kernels"].keys() == {"torch"}
     history = httpx.get(f"{url}/v1/raymoe/status", params={"history": True}).json()["engines"][0]["history"]
     assert sum(window["misses"] for window in history) <= found["misses"]
+
+
+@pytest.fixture
+def channel(url, config):
+    with grpc.insecure_channel(f"127.0.0.1:{config.grpc_port}") as channel:
+        yield channel
+
+
+def test_grpc_says_what_http_says(channel, client):
+    server = GenerationStub(channel)
+    assert server.Models(pb.ModelsRequest()).models == ["tiny"]
+    asked = {"max_tokens": 8, "seed": 4, "n": 2, "logprobs": 1}
+    prompt = pb.CompleteRequest(model="tiny", text=PROMPTS[0], sampling=pb.Sampling(**asked))
+    truth = client.completions.create(model="tiny", prompt=PROMPTS[0], **asked)
+    whole = server.Complete(prompt)
+    assert [one.text for one in whole.choices] == [one.text for one in truth.choices]
+    assert [one.text for one in whole.choices[0].logprobs] == truth.choices[0].logprobs.tokens
+    said = ["", ""]
+    *chunks, last = server.StreamComplete(prompt)
+    for chunk in chunks:
+        said[chunk.choice.index] += chunk.choice.text
+    assert (said, last.usage) == ([one.text for one in whole.choices], whole.usage)
+    tokens = pb.CompleteRequest(model="tiny", tokens=pb.Tokens(ids=[5, 6]), sampling=pb.Sampling(max_tokens=1))
+    assert server.Complete(tokens).usage.prompt_tokens == 2
+
+    chat = pb.ChatRequest(model="tiny", messages=[pb.Message(role="user", content="hi")], sampling=pb.Sampling(seed=7))
+    text = server.Chat(chat).choices[0].text
+    assert text == "".join(chunk.choice.text for chunk in server.StreamChat(chat))
+    truth = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}], seed=7)
+    assert text == truth.choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "message"),
+    [
+        (pb.CompleteRequest(model="tiny"), "INVALID_ARGUMENT", "you must provide a prompt parameter"),
+        (pb.CompleteRequest(model="other", text="x"), "NOT_FOUND", "does not exist"),
+        (
+            pb.CompleteRequest(model="tiny", text="x", sampling=pb.Sampling(temperature=float("nan"))),
+            "INVALID_ARGUMENT",
+            "temperature",
+        ),
+        (
+            pb.CompleteRequest(model="tiny", text="x", sampling=pb.Sampling(max_tokens=200, deadline_s=0.001)),
+            "DEADLINE_EXCEEDED",
+            "deadline",
+        ),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_grpc_errors_are_status_codes(channel, request_, code, message, stream):
+    server = GenerationStub(channel)
+    with pytest.raises(grpc.RpcError) as error:
+        list(server.StreamComplete(request_)) if stream else server.Complete(request_)
+    assert error.value.code().name == code
+    assert message in error.value.details()
+
+
+def test_a_grpc_client_that_leaves_frees_its_request(channel, url):
+    cancelled = status(url)["requests_cancelled"]
+    request = pb.CompleteRequest(model="tiny", text="x", sampling=pb.Sampling(max_tokens=200, temperature=0))
+    stream = GenerationStub(channel).StreamComplete(request)
+    next(stream)
+    stream.cancel()
+    assert wait_until_idle(url)["requests_cancelled"] == cancelled + 1
+
+
+def test_the_grpc_example_finds_its_way_by_reflection(url, config, greedy_text):
+    client = Path(__file__).parents[2] / "examples" / "grpc" / "client.py"
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, str(client), "--address", f"127.0.0.1:{config.grpc_port}", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    assert "raymoe.v1.Generation" in run("--list").splitlines()
+    assert run("--max-tokens", "12", PROMPTS[0]).startswith(greedy_text(PROMPTS[0], 12))
 
 
 def test_an_engine_decodes_with_the_triton_kernels(url, config):

@@ -1,5 +1,6 @@
 """Stop strings and log-probabilities over real HTTP with OpenAI's own client, on a real engine, without Ray."""
 
+import asyncio
 import socket
 import threading
 import time
@@ -28,10 +29,13 @@ class LocalEngine(Deployed):
     """The deployment's own class in this process."""
 
     def __init__(self, engine: InferenceEngine):
-        self._engine, self._max_tokens = engine, 200
+        self._engine = engine
 
     async def status(self, history=False):
         return [super().status(history)]
+
+    def metrics_endpoints(self):
+        return []
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +99,36 @@ def test_four_stop_strings_that_do_not_come(client, greedy_text, greedy_tokens):
     whole = complete(client, max_tokens=24, stop=["never", "so", "at", "all!"][:4])
     assert whole.choices[0].text == greedy_text
     assert whole.usage.completion_tokens == len(greedy_tokens)
+
+
+def test_choices_are_drawn_apart_and_again(client):
+    """Choice i is what `seed` + i alone gives, streamed or not."""
+    asked = {"prompt": [PROMPT, "return"], "max_tokens": 8, "temperature": 1.0}
+    alone = [
+        complete(client, **asked | {"prompt": one}, seed=3 + i).choices[0].text
+        for one in asked["prompt"]
+        for i in (0, 1)
+    ]
+    assert alone[0] != alone[1]
+    whole = complete(client, **asked, n=2, seed=3)
+    assert [choice.text for choice in whole.choices] == alone
+    said = [""] * 4
+    *parts, last = complete(client, **asked, n=2, seed=3, stream=True, stream_options={"include_usage": True})
+    for part in parts:
+        said[part.choices[0].index] += part.choices[0].text
+    assert said == alone
+    assert last.usage == whole.usage
+
+
+def test_the_asynchronous_client(client, greedy_text):
+    async def ask() -> tuple[str, str]:
+        async with openai.AsyncOpenAI(base_url=client.base_url, api_key="none", max_retries=0, timeout=60) as session:
+            asked = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 24}
+            whole = await session.completions.create(**asked, echo=True)
+            stream = await session.completions.create(**asked, stream=True)
+            return whole.choices[0].text, "".join([part.choices[0].text async for part in stream])
+
+    assert asyncio.run(ask()) == (PROMPT + greedy_text, greedy_text)
 
 
 def test_log_probabilities_of_a_completion(client, tokenizer, greedy_text):

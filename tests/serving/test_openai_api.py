@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from raymoe.serving.openai_answers import ChatAnswer, CompletionAnswer, Usage
+from raymoe.serving.openai_answers import ChatAnswer, CompletionAnswer, Piece, Usage
 from raymoe.serving.openai_api import ApiError, ChatRequest, CompletionRequest, parse_request
 
 HI = [{"role": "user", "content": "hi"}]
@@ -17,7 +17,16 @@ def chat(**arguments) -> ChatRequest:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "taken"), [("x", "x"), (["x"], "x"), ([1, 2], [1, 2]), ([[1, 2]], [1, 2]), ([7], [7])]
+    ("prompt", "taken"),
+    [
+        ("x", ("x",)),
+        (["x"], ("x",)),
+        ([1, 2], ([1, 2],)),
+        ([[1, 2]], ([1, 2],)),
+        ([7], ([7],)),
+        (["x", "y"], ("x", "y")),
+        ([[1], [2, 3]], ([1], [2, 3])),
+    ],
 )
 def test_forms_of_a_prompt(prompt, taken):
     assert completion(prompt=prompt).prompt == taken
@@ -35,8 +44,8 @@ def test_forms_of_stop(stop, taken):
 
 def test_what_is_left_out_is_left_to_the_engine():
     assert completion().sampling(16) == {"max_tokens": 16}
-    assert completion(temperature=0, seed=3, top_k=4, top_p=0.5).sampling(None) == {
-        "max_tokens": None,
+    assert completion(temperature=0, seed=3, top_k=4, top_p=0.5).sampling(16) == {
+        "max_tokens": 16,
         "temperature": 0,
         "seed": 3,
         "top_k": 4,
@@ -53,7 +62,16 @@ def test_stop_strings_and_log_probabilities_go_to_the_engine():
 
 def test_arguments_that_ask_for_nothing_are_taken():
     plain = completion(
-        n=1, best_of=1, echo=False, logprobs=None, presence_penalty=0, frequency_penalty=0.0, logit_bias={}, user="u"
+        best_of=1,
+        echo=False,
+        logprobs=None,
+        metadata={},
+        service_tier="auto",
+        store=False,
+        presence_penalty=0,
+        frequency_penalty=0.0,
+        logit_bias={},
+        user="u",
     )
     assert plain.sampling(9) == completion().sampling(9) == {"max_tokens": 9}
     talk = chat(
@@ -68,6 +86,7 @@ def test_arguments_that_ask_for_nothing_are_taken():
         ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
         ({"temperature": "1"}, "temperature", "valid number"),
         ({"temperature": True}, "temperature", "valid number"),
+        ({"deadline_s": 0}, "deadline_s", "greater than 0"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"top_k": -1}, "top_k", "greater than or equal to 0"),
         ({"seed": 1 << 64}, "seed", "less than"),
@@ -77,14 +96,19 @@ def test_arguments_that_ask_for_nothing_are_taken():
         ({"stream_options": {"include_usage": True}}, "stream_options", "only allowed when 'stream' is true"),
         ({"stop": ["a"] * 5}, "stop", "up to 4"),
         ({"stop": ""}, "stop", "none of them empty"),
-        ({"n": 2}, "n", "must be 1"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"prompt": "\ud800"}, "prompt", "no character"),
+        ({"stop": "\udfff"}, "stop", "no character"),
+        ({"prompt": [1 << 40]}, "prompt", "token ids"),
         ({"prompt": ""}, "prompt", "not empty"),
         ({"prompt": []}, "prompt", "not empty"),
         ({"prompt": [1, -2]}, "prompt", "token ids"),
         ({"prompt": [True]}, "prompt", "token ids"),
-        ({"prompt": ["a", "b"]}, "prompt", "one prompt a request, got 2"),
+        ({"prompt": ["a", ""]}, "prompt", "a list of these"),
+        ({"prompt": ["a", [1]] * 2 + [5]}, "prompt", "a list of these"),
         ({"model": 3}, "model", "valid string"),
-        ({"echo": True}, "echo", "not supported by raymoe yet"),
+        ({"echo": True, "logprobs": 0}, "echo", "not supported by raymoe yet"),
+        ({"metadata": {"a": "b"}}, "metadata", "not supported by raymoe yet"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
         ({"logprobs": True}, "logprobs", "valid integer"),
         ({"suffix": "x"}, "suffix", "not supported by raymoe yet"),
@@ -134,6 +158,8 @@ def test_unknown_arguments_are_refused_in_openais_words():
     [
         (b"", "not valid JSON"),
         (b"\xff", "not valid JSON"),
+        ('{"prompt": "x"}'.encode("utf-16"), "not valid JSON"),
+        (b'{"model": "m", "prompt": [' + b"9" * 5000 + b"]}", "not valid JSON"),
         (b"[1]", "JSON object"),
         (b"[" * 100_000, "not valid JSON"),
         (b'{"model": "m", "prompt": "x", "temperature": NaN}', "NaN is no JSON number"),
@@ -147,20 +173,28 @@ def test_bad_bodies(body, message):
         parse_request(CompletionRequest, body)
 
 
+def test_an_error_can_always_be_sent():
+    with pytest.raises(ApiError) as error:
+        completion(**{"\ud800": 1})
+    assert json.dumps(error.value.body, ensure_ascii=False).encode()
+
+
 def test_shapes_of_the_answers():
     usage = Usage(prompt_tokens=3, completion_tokens=2)
-    whole = CompletionAnswer("1", "m").whole("hi", "stop", usage)
+    whole = CompletionAnswer("1", "m").whole([Piece("hi", "stop", [])], usage)
     assert whole["object"] == "text_completion"
     assert whole["choices"] == [{"index": 0, "text": "hi", "logprobs": None, "finish_reason": "stop"}]
     assert whole["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
     answer = ChatAnswer("1", "m")
-    assert answer.whole("hi", "length", usage)["choices"][0]["message"]["content"] == "hi"
-    assert answer.opening()["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    assert answer.chunk("a", None)["choices"][0] == {
-        "index": 0,
+    assert answer.whole([Piece("hi", "length", [])], usage)["choices"][0]["message"]["content"] == "hi"
+    assert answer.opening(0)["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert answer.chunk(2, Piece("a", None, []))["choices"][0] == {
+        "index": 2,
         "delta": {"content": "a"},
         "logprobs": None,
         "finish_reason": None,
     }
-    assert answer.chunk("", "stop")["choices"][0]["delta"] == {}
+    assert answer.chunk(0, Piece("", "stop", []))["choices"][0]["delta"] == {}
     assert answer.usage_chunk(usage)["choices"] == []
+    assert "usage" not in answer.opening(0)
+    assert ChatAnswer("1", "m", tells_usage=True).opening(0)["usage"] is None

@@ -2,14 +2,17 @@
 
 import asyncio
 import json
+import re
 
 import pytest
 from starlette.testclient import TestClient
 
 from raymoe.config import ServeConfig
-from raymoe.serving.answers import Answering, Event
-from raymoe.serving.openai_api import unavailable
-from raymoe.serving.routes import MAX_BODY_BYTES, create_api
+from raymoe.inference.requests import TokenRoute
+from raymoe.serving.answers import Answering
+from raymoe.serving.events import Event
+from raymoe.serving.openai_api import ApiError, overloaded, unavailable
+from raymoe.serving.routes import create_api
 
 RARE = "\u9b31"
 
@@ -21,6 +24,7 @@ class ScriptedEngine:
         self.tokenizer = tokenizer
         self.asked: list[tuple[list[int], dict]] = []
         self.is_closed = False
+        self.num_open = 0
         self.is_alive = True
         self.say("hello")
 
@@ -32,17 +36,30 @@ class ScriptedEngine:
         self.events = [Event([]), *(Event(part) for part in parts[:-1]), Event(parts[-1], reason)]
         self.num_tokens = len(tokens)
 
-    async def generate(self, prompt_ids, params, in_steps):
-        self.in_steps = in_steps
+    async def generate(self, prompt_ids, params, in_steps, up_to):
+        self.in_steps, self.up_to = in_steps, up_to
         self.asked.append((prompt_ids, params))
+        self.num_open += 1
         try:
             for event in self.events:
                 if isinstance(event, Exception):
                     raise event
+                if asyncio.iscoroutine(event):
+                    await event
+                    continue
                 await asyncio.sleep(0)
                 yield event
         finally:
             self.is_closed = True
+            self.num_open -= 1
+
+    async def set_budgets(self, budgets):
+        if budgets.get("kv_tokens") == 1:
+            raise ApiError("kv_tokens: 1 is too few")
+        self.budgets = budgets
+
+    def metrics_endpoints(self):
+        return ["http://10.0.0.1:8080/metrics"]
 
     async def status(self, history=False):
         return [{"is_alive": self.is_alive} | ({"history": []} if history else {})]
@@ -56,8 +73,12 @@ def engine(tokenizer) -> ScriptedEngine:
 @pytest.fixture
 def client(tokenizer, engine, tmp_path) -> TestClient:
     (tmp_path / "config.json").write_text("{}")
-    config = ServeConfig(model=tmp_path, name="m", max_tokens=50, max_prompt_tokens=20)
-    return TestClient(create_api(Answering(config, tokenizer, engine)), raise_server_exceptions=False)
+    config = ServeConfig(
+        model=tmp_path, name="m", max_tokens=50, max_prompt_tokens=20, max_choices=3, max_body_bytes=4096
+    )
+    return TestClient(
+        create_api(Answering(config, tokenizer, engine)), raise_server_exceptions=False, base_url="http://127.0.0.1"
+    )
 
 
 def complete(client, **arguments):
@@ -108,8 +129,8 @@ def test_a_chat_goes_through_the_template(client, engine, tokenizer):
     body = chat(client).json()
     assert body["choices"][0]["message"] == {"role": "assistant", "content": "hello", "refusal": None}
     assert tokenizer.decode(engine.asked[0][0]) == "<|user|>\nhi\n<|assistant|>\n"
-    # the engine takes as many tokens as there is room for
-    assert engine.asked[0][1]["max_tokens"] is None
+    # as many tokens as there is room for, up to the server's limit
+    assert (engine.asked[0][1]["max_tokens"], engine.up_to) == (50, True)
 
 
 def test_a_model_without_a_template_has_no_chat(client, tokenizer, monkeypatch):
@@ -130,6 +151,7 @@ def test_a_stream_says_the_same_as_the_whole(client, engine, ask):
     engine.say(f"caf\u00e9 {RARE}! fin")
     found = chunks(ask(client, stream=True, stream_options={"include_usage": True}))
     *parts, last, usage = found
+    assert all(part["usage"] is None for part in (*parts, last))
     choices = [part["choices"][0] for part in parts]
     texts = [choice["text"] if ask is complete else choice["delta"]["content"] for choice in choices]
     assert "".join(texts) == f"caf\u00e9 {RARE}! fin"
@@ -144,6 +166,52 @@ def test_a_stream_says_the_same_as_the_whole(client, engine, ask):
 
 def test_a_chat_stream_opens_with_the_role(client):
     assert chunks(chat(client, stream=True))[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+
+
+@pytest.mark.parametrize("ask", [complete, chat])
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_choices(client, engine, ask, stream):
+    response = ask(client, n=3, seed=5, stream=stream)
+    assert [params["seed"] for _, params in engine.asked] == [5, 6, 7]
+    text = (lambda one: one["text"]) if ask is complete else (lambda one: one["message"]["content"])
+    if not stream:
+        assert [(one["index"], text(one)) for one in response.json()["choices"]] == [(i, "hello") for i in range(3)]
+        assert response.json()["usage"]["completion_tokens"] == 3 * engine.num_tokens
+        return
+    said, reasons = ["", "", ""], [None, None, None]
+    for chunk in chunks(response):
+        (choice,) = chunk["choices"]
+        said[choice["index"]] += choice["text"] if ask is complete else choice["delta"].get("content", "")
+        assert reasons[choice["index"]] is None
+        reasons[choice["index"]] = choice["finish_reason"]
+    assert (said, reasons) == (["hello"] * 3, ["length"] * 3)
+
+
+def test_a_list_of_prompts_has_choices_for_each(client, engine, tokenizer):
+    body = complete(client, prompt=["ab", "cde"], echo=True).json()
+    assert [one["text"] for one in body["choices"]] == ["abhello", "cdehello"]
+    asked = [prompt_ids for prompt_ids, _ in engine.asked]
+    assert asked == [tokenizer("ab")["input_ids"], tokenizer("cde")["input_ids"]]
+    assert body["usage"]["prompt_tokens"] == sum(map(len, asked))
+
+
+def test_an_echo_is_no_answer(client, engine, tokenizer):
+    """Stop strings are looked for in what follows it, and it is streamed once."""
+    engine.say("one two")
+    assert complete(client, prompt="two", echo=True, stop="two").json()["choices"][0]["text"] == "twoone "
+    found = chunks(complete(client, prompt=tokenizer("ab")["input_ids"], echo=True, stream=True))
+    assert "".join(part["choices"][0]["text"] for part in found) == "abone two"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_choice_that_fails_ends_the_others(client, engine, stream):
+    engine.events = [Event([]), Event([65]), Event([], "error", error="the engine has ended")]
+    response = complete(client, n=2, stream=stream)
+    if stream:
+        assert chunks(response)[-1]["error"]["message"] == "the engine has ended"
+    else:
+        assert response.status_code == 503
+    assert engine.num_open == 0
 
 
 def test_usage_is_streamed_only_on_request(client):
@@ -196,7 +264,8 @@ def test_a_stop_string_that_only_begins_is_text(client, engine):
     [
         (Event([], refusal="the KV cache holds 8 tokens"), 400, "the KV cache holds 8 tokens"),
         (Event([], error="the engine has ended"), 503, "the engine has ended"),
-        (unavailable("too many requests are waiting"), 503, "too many requests"),
+        (unavailable("no engine could answer"), 503, "no engine could answer"),
+        (overloaded(), 429, "too many requests are waiting"),
     ],
 )
 def test_what_the_engine_turns_down_has_a_status(client, engine, first, status, message, stream):
@@ -204,6 +273,7 @@ def test_what_the_engine_turns_down_has_a_status(client, engine, first, status, 
     response = complete(client, stream=stream)
     assert response.status_code == status
     assert message in error_of(response)["message"]
+    assert ("retry-after" in response.headers) == (status in (429, 503))
 
 
 def test_an_engine_that_fails_on_the_way(client, engine):
@@ -227,7 +297,8 @@ def test_a_bug_is_a_500_in_the_same_form(client, engine):
         ({"model": "other"}, 404, "this server has 'm'"),
         ({"max_tokens": 51}, 400, "gives up to 50"),
         ({"prompt": [5] * 21}, 400, "takes up to 20"),
-        ({"n": 2}, 400, "'n' must be 1"),
+        ({"n": 4}, 400, "gives up to 3 choices"),
+        ({"n": 2, "prompt": ["a", "b"]}, 400, "gives up to 3 choices"),
         ({"foo": 1}, 400, "Unrecognized request argument supplied: foo"),
     ],
 )
@@ -238,8 +309,19 @@ def test_bad_requests_never_reach_the_engine(client, engine, arguments, status, 
     assert engine.asked == []
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_deadline_ends_the_request(client, engine, at, stream):
+    engine.events.insert(at, asyncio.sleep(30))
+    response = complete(client, deadline_s=0.05, stream=stream)
+    error = chunks(response)[-1]["error"] if stream and at else error_of(response)
+    assert (error["code"], error["param"]) == ("deadline_exceeded", "deadline_s")
+    assert response.status_code == (200 if stream and at else 504)
+    assert engine.num_open == 0
+
+
 def test_bodies_are_bounded(client):
-    response = client.post("/v1/completions", content=b" " * (MAX_BODY_BYTES + 1))
+    response = client.post("/v1/completions", content=b" " * 4097)
     assert response.status_code == 413
     assert "larger than" in error_of(response)["message"]
 
@@ -254,6 +336,49 @@ def test_health_follows_the_engine(client, engine):
     assert client.get("/health").json() == {"status": "ok", "engines": 1}
     engine.is_alive = False
     assert client.get("/health").status_code == 503
+
+
+def test_budgets_go_to_the_engines(client, engine):
+    answer = client.post("/v1/raymoe/budgets", json={"expert_memory": "25%", "kv_tokens": 512})
+    assert answer.json()["engines"] == [{"is_alive": True}]
+    assert engine.budgets == {"expert_memory": "25%", "kv_tokens": 512}
+    for body, message in (({"kv_tokens": 1}, "too few"), ({"kv": 1}, "kv"), ({"expert_memory": -5}, "expert_memory")):
+        refused = client.post("/v1/raymoe/budgets", json=body)
+        assert refused.status_code == 400
+        assert message in error_of(refused)["message"]
+
+
+def test_the_page_is_all_there_and_asks_nobody_else(client):
+    page = client.get("/")
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    for name in re.findall(r'(?:src|href)="(/[^"]*)"', page.text):
+        assert client.get(name).status_code == 200, name
+    for path in ("/", "/page.css", "/page.js"):
+        assert not re.search(r"https?://|//[a-z]+\.", client.get(path).text.replace("http://www.w3.org/2000/svg", ""))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_routes_of_tokens_are_told_on_request(client, engine, tokenizer, stream):
+    tokens = tokenizer(RARE)["input_ids"]
+    assert len(tokens) > 1
+    routes = [TokenRoute(token, [[(at, "hit"), (5, "fetched")]]) for at, token in enumerate(tokens)]
+    engine.events = [Event([])] + [
+        Event([token], "length" if route is routes[-1] else None, routes=[route])
+        for token, route in zip(tokens, routes, strict=True)
+    ]
+    response = complete(client, routes=True, stream=stream)
+    assert engine.asked[0][1]["routes"] is True
+    parts = chunks(response) if stream else [response.json()]
+    told = [route for part in parts for route in part["choices"][0].get("routes", ())]
+    assert [route["token"] for route in told] == tokens
+    assert told[0]["layers"] == [[[0, "hit"], [5, "fetched"]]]
+    assert "".join(part["choices"][0]["text"] for part in parts) == RARE
+
+
+def test_metrics_point_to_where_they_are(client):
+    *comments, last = client.get("/metrics").text.splitlines()
+    assert last == "# http://10.0.0.1:8080/metrics"
+    assert all(line.startswith("# ") for line in comments)
 
 
 def test_status_shows_every_engine(client):
